@@ -2,6 +2,14 @@
 //! the kernel hands to the agent. No I/O, no async, no clock of its own; the agent and the controller bring those.
 #![forbid(unsafe_code)]
 
+pub mod balance;
 pub mod identity;
+pub mod mesh;
+pub mod workload;
 
 pub use identity::{SpiffeId, TrustDomain};
+pub use mesh::{AddressKind, Entry, Mesh};
+pub use workload::{PortMapping, Service, Tunnel, Workload};
+
+/// Port on which an enrolled workload is reached by tunnel (HBONE's, as in Istio).
+pub const TUNNEL_PORT: u16 = 15008;

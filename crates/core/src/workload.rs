@@ -1,0 +1,69 @@
+//! What the mesh knows of one workload and of one service.
+
+use std::{net::IpAddr, sync::Arc};
+
+use crate::SpiffeId;
+
+/// How a workload is reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Tunnel {
+    /// Not enrolled: plain TCP.
+    None,
+    /// Enrolled and announced: by tunnel on [`crate::TUNNEL_PORT`], and never otherwise.
+    Hbone,
+}
+
+/// A service's port and where one endpoint serves it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PortMapping {
+    pub service_port: u16,
+    /// On a [`Service`], 0 where the endpoints differ (a named target port).
+    pub target_port: u16,
+}
+
+/// One pod, or whatever else has addresses and an identity of its own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Workload {
+    /// `CLUSTER/GROUP/KIND/NAMESPACE/NAME`: the key.
+    pub uid: Arc<str>,
+    pub name: Arc<str>,
+    pub namespace: Arc<str>,
+    /// What manages it (a Deployment, say): the name that metrics carry.
+    pub workload_name: Arc<str>,
+    pub identity: SpiffeId,
+    pub node: Arc<str>,
+    /// Networks that do not route to each other have different names; addresses may recur between them.
+    pub network: Arc<str>,
+    /// Shares its node's addresses, so it is never enrolled and no address leads to it.
+    pub host_network: bool,
+    pub addresses: Vec<IpAddr>,
+    pub tunnel: Tunnel,
+    pub healthy: bool,
+    /// The services it is an endpoint of, by key.
+    pub services: Vec<(Arc<str>, Vec<PortMapping>)>,
+}
+
+impl Workload {
+    /// Where this workload serves `port` of `service`.
+    pub fn target_port(&self, service: &str, port: u16) -> Option<u16> {
+        let (_, ports) = self.services.iter().find(|(key, _)| &**key == service)?;
+        ports.iter().find(|p| p.service_port == port).map(|p| p.target_port)
+    }
+
+    /// Its address of the same family as `like`, else any.
+    pub fn address_like(&self, like: IpAddr) -> Option<IpAddr> {
+        let same = |a: &&IpAddr| a.is_ipv4() == like.is_ipv4();
+        self.addresses.iter().find(same).or(self.addresses.first()).copied()
+    }
+}
+
+/// A name and virtual addresses in front of workloads.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Service {
+    /// `NAMESPACE/HOSTNAME`.
+    pub key: Arc<str>,
+    pub name: Arc<str>,
+    pub namespace: Arc<str>,
+    pub addresses: Vec<IpAddr>,
+    pub ports: Vec<PortMapping>,
+}
