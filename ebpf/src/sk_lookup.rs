@@ -1,0 +1,102 @@
+//! sk_lookup, one instance for each enrolled pod's network namespace: turns new connections to the agent's listener
+//! in that pod. Established connections never come here.
+//!
+//! The pod is known from constants set when the instance is loaded: this hook may not ask for the namespace's
+//! cookie, and a pod picked by the packet's addresses could be forged.
+
+use crate::maps;
+use aya_ebpf::{Global, macros::sk_lookup, programs::SkLookupContext};
+use aya_log_ebpf::info;
+use weft_ebpf_common::{Address, Counter, LOOPBACK_IFINDEX, TUNNEL_PORT};
+
+const DROP: u32 = 0;
+const PASS: u32 = 1;
+
+const AF_INET: u32 = 2;
+const IPPROTO_TCP: u32 = 6;
+
+/// The pod's slot in `SLOTS`.
+#[unsafe(no_mangle)]
+static SLOT: Global<u32> = Global::new(0);
+/// The pod's key in `PODS`.
+#[unsafe(no_mangle)]
+static COOKIE: Global<u64> = Global::new(0);
+/// The pod's addresses, as words of [`Address`]; zero for none.
+#[unsafe(no_mangle)]
+static POD_V4: Global<[u32; 4]> = Global::new([0; 4]);
+#[unsafe(no_mangle)]
+static POD_V6: Global<[u32; 4]> = Global::new([0; 4]);
+
+/// Reads one word of a context field; see `connect.rs` for why volatile.
+macro_rules! load {
+    ($field:expr) => {
+        // SAFETY: a field of a context that the kernel passed to this program.
+        unsafe { core::ptr::read_volatile(&raw const $field) }
+    };
+}
+
+#[sk_lookup]
+pub fn lookup(ctx: SkLookupContext) -> u32 {
+    if load!((*ctx.lookup).protocol) != IPPROTO_TCP {
+        return PASS;
+    }
+    if load!((*ctx.lookup).family) == AF_INET {
+        let local = Address::from_v4_word(load!((*ctx.lookup).local_ip4));
+        let remote = Address::from_v4_word(load!((*ctx.lookup).remote_ip4));
+        return steer(&ctx, &local, &remote, &Address::from_words(POD_V4.load()));
+    }
+    let local = Address::from_words([
+        load!((*ctx.lookup).local_ip6[0]),
+        load!((*ctx.lookup).local_ip6[1]),
+        load!((*ctx.lookup).local_ip6[2]),
+        load!((*ctx.lookup).local_ip6[3]),
+    ]);
+    let remote = Address::from_words([
+        load!((*ctx.lookup).remote_ip6[0]),
+        load!((*ctx.lookup).remote_ip6[1]),
+        load!((*ctx.lookup).remote_ip6[2]),
+        load!((*ctx.lookup).remote_ip6[3]),
+    ]);
+    steer(&ctx, &local, &remote, &Address::from_words(POD_V6.load()))
+}
+
+#[inline(always)]
+fn steer(ctx: &SkLookupContext, local: &Address, remote: &Address, own: &Address) -> u32 {
+    if load!((*ctx.lookup).ingress_ifindex) == LOOPBACK_IFINDEX {
+        // The application's own loopback traffic and the agent's leg to it go where they are going; anything else
+        // on lo was turned there by the policy route.
+        if local.is_loopback() || local.is(own) {
+            return PASS;
+        }
+        return to_agent(ctx, remote);
+    }
+    // What a pod sends to its own address arrives as if from its device, not from lo.
+    if remote.is(own) || remote.is_loopback() {
+        return PASS;
+    }
+    // local_port is in host byte order here, unlike remote_port.
+    let tunnel = load!((*ctx.lookup).local_port) == TUNNEL_PORT as u32;
+    if !tunnel && maps::is_refused_source(remote) && published() {
+        // A drop is answered with a reset: the caller learns at once.
+        maps::count(Counter::RefusedPlaintext);
+        info!(ctx, "refused plaintext from {:i}", remote.octets());
+        return DROP;
+    }
+    to_agent(ctx, remote)
+}
+
+/// Before its own agent has seen it published, a pod still takes plaintext from everyone, through the agent.
+#[inline(always)]
+fn published() -> bool {
+    maps::pod(COOKIE.load()).is_some_and(|pod| !pod.on_hold())
+}
+
+#[inline(always)]
+fn to_agent(ctx: &SkLookupContext, remote: &Address) -> u32 {
+    if maps::assign(ctx, SLOT.load()) {
+        return PASS;
+    }
+    maps::count(Counter::RefusedNoAgent);
+    info!(ctx, "refused connection from {:i}: no agent listens", remote.octets());
+    DROP
+}
