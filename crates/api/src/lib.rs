@@ -1,1 +1,24 @@
-//! Being built.
+//! Kubernetes objects as Weft reads them, and the labels and annotations that speak to it.
+//!
+//! Only the fields Weft uses are here: unknown fields are ignored, `null` means absent as it does to Kubernetes, and a
+//! wrong type or an impossible value is an error at the field that has it. Nothing here does I/O or knows where an
+//! object came from; the controller's sources do.
+#![forbid(unsafe_code)]
+
+pub mod discovery;
+pub mod enrollment;
+pub mod field;
+pub mod labels;
+pub mod meta;
+pub mod namespace;
+pub mod object;
+pub mod pod;
+pub mod service;
+
+pub use discovery::EndpointSlice;
+pub use enrollment::{MeshChoice, mesh_choice};
+pub use meta::ObjectMeta;
+pub use namespace::Namespace;
+pub use object::{FieldError, Kind, Object, ObjectKey};
+pub use pod::Pod;
+pub use service::Service;

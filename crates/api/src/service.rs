@@ -1,0 +1,91 @@
+//! `v1/Service`.
+
+use std::{net::IpAddr, num::NonZeroU16};
+
+use serde::{Deserialize, Deserializer};
+
+use crate::{
+    field::{self, IntOrString, Ip, Protocol},
+    meta::ObjectMeta,
+};
+
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Service {
+    pub metadata: ObjectMeta,
+    #[serde(default, deserialize_with = "field::nullable")]
+    pub spec: ServiceSpec,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ServiceSpec {
+    #[serde(default, rename = "type")]
+    pub service_type: Option<ServiceType>,
+    #[serde(default, rename = "clusterIP")]
+    pub cluster_ip: ClusterIp,
+    #[serde(default, rename = "clusterIPs", deserialize_with = "field::nullable")]
+    pub cluster_ips: Vec<ClusterIp>,
+    #[serde(default, rename = "externalIPs", deserialize_with = "field::nullable")]
+    pub external_ips: Vec<Ip>,
+    #[serde(default, deserialize_with = "field::nullable")]
+    pub ports: Vec<ServicePort>,
+    #[serde(default, deserialize_with = "field::nullable")]
+    pub publish_not_ready_addresses: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+pub enum ServiceType {
+    ClusterIP,
+    NodePort,
+    LoadBalancer,
+    /// An alias in DNS, without addresses or endpoints of its own.
+    ExternalName,
+}
+
+/// An address, or none: the string `None` of a headless Service, an empty string, or no field at all.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct ClusterIp(pub Option<IpAddr>);
+
+impl<'de> Deserialize<'de> for ClusterIp {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = Option::<String>::deserialize(deserializer)?.unwrap_or_default();
+        if text.is_empty() || text == "None" {
+            return Ok(Self(None));
+        }
+        let address: IpAddr = text.parse().map_err(|_| {
+            serde::de::Error::custom(format_args!("{text:?} is neither an IP address nor \"None\""))
+        })?;
+        Ok(Self(Some(address.to_canonical())))
+    }
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ServicePort {
+    #[serde(default, deserialize_with = "field::nullable")]
+    pub name: String,
+    pub port: NonZeroU16,
+    #[serde(default)]
+    pub target_port: Option<IntOrString>,
+    #[serde(default, deserialize_with = "field::nullable")]
+    pub protocol: Protocol,
+}
+
+impl Service {
+    /// Cluster and external addresses, without repetitions.
+    pub fn addresses(&self) -> Vec<IpAddr> {
+        let cluster =
+            std::iter::once(&self.spec.cluster_ip).chain(&self.spec.cluster_ips).filter_map(|ip| ip.0);
+        let mut addresses = Vec::new();
+        for address in cluster.chain(self.spec.external_ips.iter().map(|ip| ip.0)) {
+            if !addresses.contains(&address) {
+                addresses.push(address);
+            }
+        }
+        addresses
+    }
+
+    pub fn tcp_ports(&self) -> impl Iterator<Item = &ServicePort> {
+        self.spec.ports.iter().filter(|port| port.protocol == Protocol::Tcp)
+    }
+}

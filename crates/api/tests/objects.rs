@@ -1,0 +1,181 @@
+//! What is read from an object, and where an error is said to be.
+
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use weft_api::{EndpointSlice, Kind, Namespace, Object, Pod, Service, field::is_dns_subdomain};
+
+/// The path and the words of the error.
+fn refused<T: DeserializeOwned>(value: Value) -> (String, String) {
+    let text = value.to_string();
+    let mut deserializer = serde_json::Deserializer::from_str(&text);
+    match serde_path_to_error::deserialize::<_, T>(&mut deserializer) {
+        Ok(_) => panic!("accepted: {text}"),
+        Err(error) => (error.path().to_string(), error.inner().to_string()),
+    }
+}
+
+fn read<T: DeserializeOwned>(value: Value) -> T {
+    serde_json::from_value(value).unwrap()
+}
+
+#[test]
+fn a_pod_as_the_api_server_writes_it() {
+    let pod: Pod = read(json!({
+        "apiVersion": "v1", "kind": "Pod",
+        "metadata": {
+            "name": "web-5d4f8c7b9-abcde", "namespace": "shop", "uid": "1234", "labels": {"app": "web"},
+            "annotations": null, "managedFields": [{"manager": "kubelet"}],
+            "ownerReferences": [{"apiVersion": "apps/v1", "kind": "ReplicaSet", "name": "web-5d4f8c7b9", "controller": true}]
+        },
+        "spec": {"nodeName": "n1", "containers": [{"name": "web"}], "serviceAccountName": "web"},
+        "status": {
+            "phase": "Running", "podIP": "10.1.0.2", "podIPs": [{"ip": "10.1.0.2"}, {"ip": "fd00::2"}],
+            "conditions": [{"type": "Ready", "status": "True"}]
+        }
+    }));
+    assert_eq!(
+        pod.addresses(),
+        ["10.1.0.2".parse::<std::net::IpAddr>().unwrap(), "fd00::2".parse().unwrap()]
+    );
+    assert_eq!(pod.service_account(), "web");
+    assert_eq!(pod.ready(), Some(true));
+    assert!(!pod.is_gone());
+    assert_eq!(pod.metadata.controller().unwrap().name, "web-5d4f8c7b9");
+}
+
+#[test]
+fn a_pod_in_its_first_moment_has_neither_node_nor_address() {
+    let pod: Pod = read(json!({"metadata": {"name": "web", "labels": null}, "spec": null,
+        "status": {"podIP": "", "podIPs": null, "conditions": null}}));
+    assert!(pod.addresses().is_empty());
+    assert_eq!(pod.spec.node_name, None);
+    assert_eq!(pod.service_account(), "default");
+}
+
+#[test]
+fn mapped_addresses_are_the_ipv4_address_they_mean() {
+    let pod: Pod = read(json!({"metadata": {"name": "web"}, "status": {"podIP": "::ffff:10.1.0.2"}}));
+    assert_eq!(pod.addresses(), ["10.1.0.2".parse::<std::net::IpAddr>().unwrap()]);
+}
+
+#[test]
+fn a_service_with_and_without_addresses() {
+    let service: Service = read(json!({"metadata": {"name": "web"}, "spec": {
+        "clusterIP": "10.2.0.1", "clusterIPs": ["10.2.0.1", "fd01::1"], "externalIPs": ["192.0.2.1"],
+        "ports": [{"port": 80, "targetPort": "http"}, {"port": 53, "protocol": "UDP", "name": "dns"}]
+    }}));
+    assert_eq!(service.addresses().len(), 3);
+    assert_eq!(service.tcp_ports().count(), 1);
+    let headless: Service =
+        read(json!({"metadata": {"name": "web"}, "spec": {"clusterIP": "None", "clusterIPs": ["None"]}}));
+    assert!(headless.addresses().is_empty());
+}
+
+#[test]
+fn errors_name_their_field() {
+    let cases = [
+        (
+            refused::<Namespace>(json!({"metadata": {"name": "a", "labels": {"weft.dev/mesh": true}}})),
+            "metadata.labels.weft.dev/mesh",
+            "invalid type: boolean `true`",
+        ),
+        (refused::<Namespace>(json!({"metadata": {"name": "A/b"}})), "metadata.name", "is not a name"),
+        (refused::<Namespace>(json!({"metadata": {}})), "metadata", "missing field `name`"),
+        (
+            refused::<Pod>(json!({"metadata": {"name": "a"}, "status": {"podIP": "10.0.0.300"}})),
+            "status.podIP",
+            "is not an IP address",
+        ),
+        (
+            refused::<Pod>(
+                json!({"metadata": {"name": "a"}, "status": {"podIPs": [{"ip": "10.0.0.1"}, {"ip": 7}]}}),
+            ),
+            "status.podIPs[1].ip",
+            "invalid type: integer `7`",
+        ),
+        (
+            refused::<Pod>(json!({"metadata": {"name": "a"}, "spec": {"serviceAccountName": "a/sa/b"}})),
+            "spec.serviceAccountName",
+            "is not a name",
+        ),
+        (
+            refused::<Pod>(json!({"metadata": {"name": "a"}, "spec": {"hostNetwork": "yes"}})),
+            "spec.hostNetwork",
+            "invalid type: string",
+        ),
+        (
+            refused::<Pod>(json!({"metadata": {"name": "a"}, "status": {"phase": "Runing"}})),
+            "status.phase",
+            "unknown variant `Runing`",
+        ),
+        (
+            refused::<Service>(json!({"metadata": {"name": "a"}, "spec": {"ports": [{"port": 0}]}})),
+            "spec.ports[0].port",
+            "nonzero",
+        ),
+        (
+            refused::<Service>(json!({"metadata": {"name": "a"}, "spec": {"ports": [{"port": 70000}]}})),
+            "spec.ports[0].port",
+            "70000",
+        ),
+        (
+            refused::<Service>(
+                json!({"metadata": {"name": "a"}, "spec": {"ports": [{"port": 80, "targetPort": 70000}]}}),
+            ),
+            "spec.ports[0].targetPort",
+            "not a port number",
+        ),
+        (
+            refused::<Service>(json!({"metadata": {"name": "a"}, "spec": {"clusterIP": "none"}})),
+            "spec.clusterIP",
+            "neither an IP address nor",
+        ),
+        (
+            refused::<EndpointSlice>(json!({"metadata": {"name": "a"}, "addressType": "ipv4"})),
+            "addressType",
+            "unknown variant",
+        ),
+    ];
+    for ((path, message), expected_path, expected_words) in cases {
+        assert_eq!(path, expected_path, "{message}");
+        assert!(message.contains(expected_words), "{path}: {message}");
+    }
+}
+
+#[test]
+fn a_slice_holds_addresses_of_its_type() {
+    let slice = |family: &str, address: &str| {
+        let slice: EndpointSlice = read(
+            json!({"metadata": {"name": "a"}, "addressType": family, "endpoints": [{"addresses": [address]}]}),
+        );
+        Object::EndpointSlice(slice.into()).validate()
+    };
+    assert_eq!(slice("IPv4", "10.0.0.1"), Ok(()));
+    assert_eq!(slice("IPv6", "fd00::1"), Ok(()));
+    assert_eq!(slice("FQDN", "example.org"), Ok(()));
+    for (family, address) in [("IPv4", "fd00::1"), ("IPv6", "10.0.0.1"), ("IPv4", "example.org")] {
+        assert_eq!(
+            slice(family, address).unwrap_err().path,
+            "endpoints[0].addresses[0]",
+            "{family} {address}"
+        );
+    }
+}
+
+#[test]
+fn names_cannot_smuggle_separators() {
+    for good in ["a", "a-b", "a.b", "0", "10.0.0.1"] {
+        assert!(is_dns_subdomain(good), "{good}");
+    }
+    for bad in ["", ".", "..", "a.", ".a", "-a", "a-", "a/b", "A", "a b", "a_b", "ä", &"a".repeat(254)] {
+        assert!(!is_dns_subdomain(bad), "{bad}");
+    }
+}
+
+#[test]
+fn kinds_are_told_apart_by_version_too() {
+    assert_eq!(Kind::find("v1", "Pod"), Some(Kind::Pod));
+    assert_eq!(Kind::find("discovery.k8s.io/v1", "EndpointSlice"), Some(Kind::EndpointSlice));
+    assert_eq!(Kind::find("discovery.k8s.io/v1beta1", "EndpointSlice"), None);
+    assert_eq!(Kind::find("metrics.k8s.io/v1", "Pod"), None);
+}
