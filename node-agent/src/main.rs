@@ -1,1 +1,215 @@
-fn main() {}
+//! `weft-agent`: carries the traffic of this node's enrolled pods. Reads the settings and wires the parts; the life of a
+//! connection is in `worker`, `outbound` and `inbound`, what the controller says in `state`, which pods are enrolled in
+//! `enroll`.
+#![forbid(unsafe_code)]
+
+mod config;
+mod connection;
+mod controller;
+mod convert;
+mod enroll;
+mod http;
+mod identities;
+mod inbound;
+mod logging;
+mod metrics;
+mod outbound;
+mod pod;
+mod state;
+mod worker;
+
+use std::{
+    collections::BTreeSet,
+    process::ExitCode,
+    sync::Arc,
+};
+
+use anyhow::{Context, bail};
+use clap::{Parser, Subcommand};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::{mpsc, watch},
+};
+use tracing::{info, warn};
+use weft_kernel::{Kernel, Options, preflight};
+use weft_proto::node::EnrollmentReport;
+use weft_transport::Limits;
+
+use crate::{
+    config::{Config, Settings},
+    controller::Controller,
+    enroll::{Enroller, Enrollment},
+    metrics::Metrics,
+    state::Snapshot,
+    worker::{Shared, Workers},
+};
+
+/// The agent of one node: carries the traffic of enrolled pods over mutual TLS.
+#[derive(Parser)]
+#[command(
+    name = "weft-agent",
+    version,
+    after_help = "Examples:\n  \
+        weft-agent --node east --control 10.0.0.1:15012 --control-ca root.pem --token-file token\n  \
+        weft-agent preflight\n  \
+        curl --unix-socket /run/weft/agent.sock http://agent/config_dump"
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    #[command(flatten)]
+    settings: Settings,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Print what this kernel offers of what the agent needs; exit status 1 where something is missing
+    Preflight(KernelFlags),
+    /// Take every pod of this node out of the mesh at once: removes the pinned kernel programs and maps. For a node
+    /// whose agent is gone for good; new connections are plain TCP from then on
+    BreakGlass(KernelFlags),
+}
+
+#[derive(clap::Args)]
+struct KernelFlags {
+    /// Name under which the kernel programs and maps are pinned
+    #[arg(long, env = "WEFT_INSTANCE", default_value = "weft")]
+    instance: String,
+    /// Where bpffs is mounted
+    #[arg(long, env = "WEFT_BPFFS", default_value = "/sys/fs/bpf", value_name = "DIR")]
+    bpffs: std::path::PathBuf,
+}
+
+impl KernelFlags {
+    fn options(self) -> Options {
+        Options { instance: self.instance, bpffs: self.bpffs, cgroup_root: None, object: None, debug_log: false }
+    }
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = match cli.command {
+        Some(Command::Preflight(flags)) => {
+            let report = preflight::run(&flags.options());
+            println!("{report}");
+            return if report.ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
+        }
+        Some(Command::BreakGlass(flags)) => Kernel::break_glass(&flags.options()).map_err(Into::into),
+        None => run(cli.settings),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("weft-agent: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(settings: Settings) -> anyhow::Result<()> {
+    let config = Arc::new(settings.resolve()?);
+    let _logging = logging::start(&config.log, config.log_json)?;
+    if !nix::unistd::geteuid().is_root() {
+        bail!("must run as root: it loads kernel programs and enters the pods' network namespaces");
+    }
+    let options = Options {
+        instance: config.instance.clone(),
+        bpffs: config.bpffs.clone(),
+        cgroup_root: None,
+        object: None,
+        debug_log: config.ebpf_log,
+    };
+    let report = preflight::run(&options);
+    if !report.ok() {
+        bail!("this kernel lacks what the agent needs:\n{report}");
+    }
+    let kernel = Arc::new(Kernel::open(options).context("preparing the kernel's part")?);
+    // Control traffic, admin and metrics have a runtime of their own, so that the data path never waits for them.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(serve(config, kernel))
+}
+
+async fn serve(config: Arc<Config>, kernel: Arc<Kernel>) -> anyhow::Result<()> {
+    let metrics = Arc::new(Metrics::new(kernel.clone()));
+    let endpoint = controller::endpoint(&config)?;
+    let controller = Controller::new(&endpoint)?;
+
+    let (update_tx, update_rx) = mpsc::channel(1);
+    let (connected_tx, connected) = watch::channel(false);
+    let (snapshot_tx, snapshots) = watch::channel(Arc::new(Snapshot::default()));
+    let (identity_tx, wanted) = watch::channel(BTreeSet::new());
+    let (report_tx, reports) = watch::channel(EnrollmentReport::default());
+    let (status_tx, enrollment) = watch::channel(Enrollment::default());
+    let (drain, draining) = watch::channel(false);
+
+    let identities = identities::start(controller.clone(), wanted, metrics.clone());
+    let workers = Workers::start(Shared {
+        config: config.clone(),
+        kernel: kernel.clone(),
+        metrics: metrics.clone(),
+        snapshots: snapshots.clone(),
+        identities: identities.clone(),
+        limits: Limits::default(),
+        draining: draining.clone(),
+    })?;
+    tokio::spawn(state::run(kernel.clone(), metrics.clone(), update_rx, snapshot_tx));
+    let enroller = Enroller {
+        kernel,
+        workers,
+        metrics: metrics.clone(),
+        snapshots: snapshots.clone(),
+        identities: identity_tx,
+        report: report_tx,
+        status: status_tx,
+        max_connections_per_pod: config.max_connections_per_pod,
+        draining: draining.clone(),
+    };
+    let enrolling = tokio::spawn(enroller.run());
+    tokio::spawn(enroll::report_upward(controller, reports, connected.clone()));
+    tokio::spawn(watch_connection(connected.clone(), metrics.clone()));
+    let xds = weft_xds::ClientConfig {
+        server: endpoint,
+        node: config.node.clone(),
+        types: state::TYPES.to_vec(),
+        backoff: weft_xds::Backoff::default(),
+    };
+    tokio::spawn(async move {
+        if let Err(error) = weft_xds::run(xds, update_tx, connected_tx).await {
+            warn!(%error, "the connection to the controller cannot be set up");
+        }
+    });
+    let views =
+        http::Views { metrics, snapshots, enrollment: enrollment.clone(), identities, connected, drain: drain.clone() };
+    http::start(views, config.metrics_listen, config.ready_listen, &config.admin_socket)?;
+
+    until_told_to_stop(draining).await?;
+    drain.send_replace(true);
+    info!(deadline = ?config.drain_deadline, "draining: no new connections, open ones may end");
+    match tokio::time::timeout(config.drain_deadline, enrolling).await {
+        Ok(_) => info!("drained"),
+        Err(_) => warn!("the deadline has passed; what is still open is cut"),
+    }
+    Ok(())
+}
+
+/// SIGTERM, SIGINT, or the admin interface.
+async fn until_told_to_stop(mut draining: watch::Receiver<bool>) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    tokio::select! {
+        _ = terminate.recv() => info!("SIGTERM"),
+        _ = interrupt.recv() => info!("SIGINT"),
+        _ = draining.wait_for(|d| *d) => info!("told to drain"),
+    }
+    Ok(())
+}
+
+async fn watch_connection(mut connected: watch::Receiver<bool>, metrics: Arc<Metrics>) {
+    loop {
+        let up = *connected.borrow_and_update();
+        metrics.xds_connected.set(i64::from(up));
+        if connected.changed().await.is_err() {
+            return;
+        }
+    }
+}

@@ -1,0 +1,172 @@
+//! The agent's settings: flags, then environment, then a YAML file, then defaults; read once, validated once.
+
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
+use anyhow::{Context, ensure};
+use clap::Args;
+use serde::Deserialize;
+
+/// Everything that can be set, as written by a person. Each flag has the environment variable shown and, in the file
+/// given by `--config`, a key of the same name with underscores.
+#[derive(Debug, Default, Clone, Args, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Settings {
+    /// YAML file with any of these settings; flags and environment win over it.
+    #[arg(long, env = "WEFT_CONFIG", value_name = "FILE")]
+    #[serde(skip)]
+    pub config: Option<PathBuf>,
+    /// Name of this node, as in the pods' nodeName.
+    #[arg(long, env = "WEFT_NODE")]
+    pub node: Option<String>,
+    /// Controller's xDS and CA address, HOST:PORT.
+    #[arg(long, env = "WEFT_CONTROL", value_name = "HOST:PORT")]
+    pub control: Option<String>,
+    /// PEM file with the roots the controller's certificate must chain to.
+    #[arg(long, env = "WEFT_CONTROL_CA", value_name = "FILE")]
+    pub control_ca: Option<PathBuf>,
+    /// File with the join token; read again at every connect.
+    #[arg(long, env = "WEFT_TOKEN_FILE", value_name = "FILE")]
+    pub token_file: Option<PathBuf>,
+    /// Name under which kernel programs and maps are pinned; two agents on one kernel need two [default: weft]
+    #[arg(long, env = "WEFT_INSTANCE")]
+    pub instance: Option<String>,
+    /// Where bpffs is mounted [default: /sys/fs/bpf]
+    #[arg(long, env = "WEFT_BPFFS", value_name = "DIR")]
+    pub bpffs: Option<PathBuf>,
+    /// Unix socket of the admin interface [default: /run/weft/agent.sock]
+    #[arg(long, env = "WEFT_ADMIN_SOCKET", value_name = "PATH")]
+    pub admin_socket: Option<PathBuf>,
+    /// Address of /metrics [default: 0.0.0.0:15020]
+    #[arg(long, env = "WEFT_METRICS_LISTEN", value_name = "IP:PORT")]
+    pub metrics_listen: Option<SocketAddr>,
+    /// Address of /readyz [default: 0.0.0.0:15021]
+    #[arg(long, env = "WEFT_READY_LISTEN", value_name = "IP:PORT")]
+    pub ready_listen: Option<SocketAddr>,
+    /// Seconds that open connections get to end after SIGTERM [default: 30]
+    #[arg(long, env = "WEFT_DRAIN_DEADLINE", value_name = "SECONDS")]
+    pub drain_deadline: Option<u64>,
+    /// Data-path threads, each with its own connections and tunnels [default: half the cores, at least 1]
+    #[arg(long, env = "WEFT_WORKERS")]
+    pub workers: Option<usize>,
+    /// Seconds a connection waits for news (its pod's publication, an unknown address, a certificate) before it is
+    /// refused [default: 5]
+    #[arg(long, env = "WEFT_HOLD_TIMEOUT", value_name = "SECONDS")]
+    pub hold_timeout: Option<u64>,
+    /// Open connections of one pod; further ones wait in its listener's backlog [default: 16384]
+    #[arg(long, env = "WEFT_MAX_CONNECTIONS_PER_POD", value_name = "N")]
+    pub max_connections_per_pod: Option<usize>,
+    /// Log filter, for example info,weft_agent=debug,access=off [default: info]
+    #[arg(long, env = "WEFT_LOG", value_name = "FILTER")]
+    pub log: Option<String>,
+    /// Log lines as JSON [default: false]
+    #[arg(long, env = "WEFT_LOG_JSON", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    pub log_json: Option<bool>,
+    /// Let the kernel programs log each captured and refused connection; for debugging [default: false]
+    #[arg(long, env = "WEFT_EBPF_LOG", num_args = 0..=1, default_missing_value = "true", value_name = "BOOL")]
+    pub ebpf_log: Option<bool>,
+}
+
+/// Validated settings.
+#[derive(Debug, Clone)]
+pub struct Config {
+    pub node: String,
+    pub control: String,
+    pub control_ca: PathBuf,
+    pub token_file: PathBuf,
+    pub instance: String,
+    pub bpffs: PathBuf,
+    pub admin_socket: PathBuf,
+    pub metrics_listen: SocketAddr,
+    pub ready_listen: SocketAddr,
+    pub drain_deadline: Duration,
+    pub workers: usize,
+    pub hold_timeout: Duration,
+    pub max_connections_per_pod: usize,
+    pub log: String,
+    pub log_json: bool,
+    pub ebpf_log: bool,
+}
+
+impl Settings {
+    /// Fills gaps from the file, then from the defaults, and checks the result.
+    pub fn resolve(self) -> anyhow::Result<Config> {
+        let file = match &self.config {
+            Some(path) => {
+                let text = std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
+                serde_yaml_ng::from_str(&text).with_context(|| format!("in {}", path.display()))?
+            }
+            None => Settings::default(),
+        };
+        let required = |what: &str| {
+            format!("no {what}: give --{what}, or WEFT_{}", what.to_uppercase().replace('-', "_"))
+        };
+        let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let config = Config {
+            node: self.node.or(file.node).with_context(|| required("node"))?,
+            control: self.control.or(file.control).with_context(|| required("control"))?,
+            control_ca: self.control_ca.or(file.control_ca).with_context(|| required("control-ca"))?,
+            token_file: self.token_file.or(file.token_file).with_context(|| required("token-file"))?,
+            instance: self.instance.or(file.instance).unwrap_or_else(|| "weft".into()),
+            bpffs: self.bpffs.or(file.bpffs).unwrap_or_else(|| "/sys/fs/bpf".into()),
+            admin_socket: self
+                .admin_socket
+                .or(file.admin_socket)
+                .unwrap_or_else(|| "/run/weft/agent.sock".into()),
+            metrics_listen: self.metrics_listen.or(file.metrics_listen).unwrap_or(([0, 0, 0, 0], 15020).into()),
+            ready_listen: self.ready_listen.or(file.ready_listen).unwrap_or(([0, 0, 0, 0], 15021).into()),
+            drain_deadline: Duration::from_secs(self.drain_deadline.or(file.drain_deadline).unwrap_or(30)),
+            workers: self.workers.or(file.workers).unwrap_or((cores / 2).max(1)),
+            hold_timeout: Duration::from_secs(self.hold_timeout.or(file.hold_timeout).unwrap_or(5)),
+            max_connections_per_pod: self
+                .max_connections_per_pod
+                .or(file.max_connections_per_pod)
+                .unwrap_or(16384),
+            log: self.log.or(file.log).unwrap_or_else(|| "info".into()),
+            log_json: self.log_json.or(file.log_json).unwrap_or(false),
+            ebpf_log: self.ebpf_log.or(file.ebpf_log).unwrap_or(false),
+        };
+        ensure!((1..=1024).contains(&config.workers), "--workers must be from 1 to 1024");
+        ensure!(config.max_connections_per_pod > 0, "--max-connections-per-pod must be at least 1");
+        ensure!(
+            !config.instance.is_empty()
+                && config.instance.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_')),
+            "--instance may hold letters, digits, '-' and '_' only: it becomes a directory name in bpffs"
+        );
+        Ok(config)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn settings() -> Settings {
+        Settings {
+            node: Some("n".into()),
+            control: Some("c:15012".into()),
+            control_ca: Some("ca.pem".into()),
+            token_file: Some("token".into()),
+            ..Settings::default()
+        }
+    }
+
+    #[test]
+    fn flags_win_over_the_file_and_the_file_over_defaults() {
+        let dir = std::env::temp_dir().join(format!("weft-config-{}", std::process::id()));
+        std::fs::write(&dir, "workers: 3\nlog: warn\n").expect("written");
+        let with_file =
+            Settings { config: Some(dir.clone()), log: Some("debug".into()), ..settings() }.resolve();
+        std::fs::remove_file(&dir).expect("removed");
+        let config = with_file.expect("valid");
+        assert_eq!((config.workers, config.log.as_str(), config.hold_timeout.as_secs()), (3, "debug", 5));
+    }
+
+    #[test]
+    fn says_what_is_missing_or_wrong() {
+        let error = Settings { node: None, ..settings() }.resolve().expect_err("no node");
+        assert!(error.to_string().contains("--node"), "{error}");
+        assert!(Settings { workers: Some(0), ..settings() }.resolve().is_err());
+        assert!(Settings { instance: Some("../x".into()), ..settings() }.resolve().is_err());
+        assert!(serde_yaml_ng::from_str::<Settings>("wrokers: 1").is_err(), "a misspelt key was ignored");
+    }
+}

@@ -1,0 +1,65 @@
+//! The calls an agent makes of the controller beside the xDS stream, all over one channel with the join token.
+
+use std::{path::Path, time::Duration};
+
+use anyhow::Context;
+use tonic::{Request, Status};
+use weft_proto::{
+    ca::{
+        IstioCertificateRequest, IstioCertificateResponse,
+        istio_certificate_service_client::IstioCertificateServiceClient,
+    },
+    node::{EnrollmentReport, node_service_client::NodeServiceClient},
+};
+use weft_xds::{AuthenticatedChannel, ControlEndpoint, TokenSource};
+
+use crate::config::Config;
+
+/// A call that takes longer counts as failed and is tried again.
+const CALL_TIMEOUT: Duration = Duration::from_secs(10);
+/// DNS name in the controller's certificate, whatever address it is reached at.
+const SERVER_NAME: &str = "weft-control";
+
+/// Cheap to clone.
+#[derive(Clone)]
+pub struct Controller {
+    ca: IstioCertificateServiceClient<AuthenticatedChannel>,
+    node: NodeServiceClient<AuthenticatedChannel>,
+}
+
+impl Controller {
+    pub fn new(endpoint: &ControlEndpoint) -> anyhow::Result<Self> {
+        let channel = weft_xds::channel(endpoint)?;
+        Ok(Self {
+            ca: IstioCertificateServiceClient::new(channel.clone()),
+            node: NodeServiceClient::new(channel),
+        })
+    }
+
+    pub async fn create_certificate(
+        &self,
+        request: IstioCertificateRequest,
+    ) -> Result<IstioCertificateResponse, Status> {
+        let mut request = Request::new(request);
+        request.set_timeout(CALL_TIMEOUT);
+        Ok(self.ca.clone().create_certificate(request).await?.into_inner())
+    }
+
+    pub async fn report_enrollment(&self, report: EnrollmentReport) -> Result<(), Status> {
+        let mut request = Request::new(report);
+        request.set_timeout(CALL_TIMEOUT);
+        self.node.clone().report_enrollment(request).await?;
+        Ok(())
+    }
+}
+
+/// Where the controller is, from the settings.
+pub fn endpoint(config: &Config) -> anyhow::Result<ControlEndpoint> {
+    let read = |path: &Path| std::fs::read(path).with_context(|| format!("reading {}", path.display()));
+    Ok(ControlEndpoint {
+        address: config.control.clone(),
+        ca_pem: read(&config.control_ca)?,
+        server_name: SERVER_NAME.to_owned(),
+        token: TokenSource::file(config.token_file.clone()),
+    })
+}

@@ -1,0 +1,188 @@
+//! From the control plane's wire messages to the mesh model. What cannot be understood is an error with the resource's
+//! name, never a guess.
+
+use std::{net::IpAddr, sync::Arc};
+
+use ipnet::IpNet;
+use prost::Message;
+use weft_core::{Entry, PortMapping, Service, SpiffeId, TrustDomain, Tunnel, Workload};
+use weft_proto::{node, workload as wire};
+
+#[derive(Debug, thiserror::Error)]
+pub enum ConvertError {
+    #[error("resource {name}: {source}")]
+    Decode { name: String, source: prost::DecodeError },
+    #[error("resource {name}: {what}")]
+    Invalid { name: String, what: String },
+}
+
+/// Mesh-wide settings from the controller.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MeshSettings {
+    pub trust_domain: TrustDomain,
+    pub cluster_id: String,
+    /// Pod and service ranges: captured unless known not to need the mesh.
+    pub captured: Vec<IpNet>,
+    /// Never captured.
+    pub external: Vec<IpNet>,
+}
+
+impl MeshSettings {
+    /// Whether `ip` lies in a captured range, so that "nobody has heard of it" means "hold", not "outside".
+    pub fn in_range(&self, ip: IpAddr) -> bool {
+        self.captured.iter().any(|n| n.contains(&ip)) && !self.external.iter().any(|n| n.contains(&ip))
+    }
+}
+
+/// A pod of this node, as the controller wants it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LocalPod {
+    pub enroll: bool,
+    pub netns: std::path::PathBuf,
+}
+
+fn invalid(name: &str, what: impl ToString) -> ConvertError {
+    ConvertError::Invalid { name: name.to_owned(), what: what.to_string() }
+}
+
+fn decode<M: Message + Default>(name: &str, value: &[u8]) -> Result<M, ConvertError> {
+    M::decode(value).map_err(|source| ConvertError::Decode { name: name.to_owned(), source })
+}
+
+fn address(name: &str, bytes: &[u8]) -> Result<IpAddr, ConvertError> {
+    match bytes.len() {
+        4 => <[u8; 4]>::try_from(bytes).map(IpAddr::from),
+        _ => <[u8; 16]>::try_from(bytes).map(|b| IpAddr::from(b).to_canonical()),
+    }
+    .map_err(|_| invalid(name, format!("an address of {} bytes", bytes.len())))
+}
+
+fn port(name: &str, port: u32) -> Result<u16, ConvertError> {
+    u16::try_from(port).map_err(|_| invalid(name, format!("port {port}")))
+}
+
+fn ports(name: &str, list: &[wire::Port]) -> Result<Vec<PortMapping>, ConvertError> {
+    let one = |p: &wire::Port| {
+        Ok(PortMapping { service_port: port(name, p.service_port)?, target_port: port(name, p.target_port)? })
+    };
+    list.iter().map(one).collect()
+}
+
+/// Reads an `istio.workload.Address`. `trust_domain` is what a workload that names none belongs to.
+pub fn entry(name: &str, value: &[u8], trust_domain: &TrustDomain) -> Result<Entry, ConvertError> {
+    let address: wire::Address = decode(name, value)?;
+    let entry = match address.r#type {
+        Some(wire::address::Type::Workload(w)) => Entry::Workload(Arc::new(workload(name, w, trust_domain)?)),
+        Some(wire::address::Type::Service(s)) => Entry::Service(Arc::new(service(name, s)?)),
+        None => return Err(invalid(name, "neither a workload nor a service")),
+    };
+    // Removal goes by the resource's name, so an entry under another key could never be removed.
+    if &**entry.key() != name {
+        return Err(invalid(name, format!("its content is named {}", entry.key())));
+    }
+    Ok(entry)
+}
+
+fn workload(name: &str, w: wire::Workload, trust_domain: &TrustDomain) -> Result<Workload, ConvertError> {
+    let trust_domain = match w.trust_domain.as_str() {
+        "" => trust_domain.clone(),
+        other => TrustDomain::new(other).map_err(|e| invalid(name, e))?,
+    };
+    let account = if w.service_account.is_empty() { "default" } else { &w.service_account };
+    let tunnel = match w.tunnel_protocol() {
+        wire::TunnelProtocol::Hbone => Tunnel::Hbone,
+        wire::TunnelProtocol::None => Tunnel::None,
+        wire::TunnelProtocol::LegacyIstioMtls => return Err(invalid(name, "legacy Istio mTLS is not supported")),
+    };
+    let host_network = w.network_mode() == wire::NetworkMode::HostNetwork;
+    let healthy = w.status() == wire::WorkloadStatus::Healthy;
+    let mut services = Vec::with_capacity(w.services.len());
+    for (key, list) in &w.services {
+        services.push((key.as_str().into(), ports(name, &list.ports)?));
+    }
+    let workload_name = if w.workload_name.is_empty() { &w.name } else { &w.workload_name };
+    Ok(Workload {
+        identity: SpiffeId::new(trust_domain, &w.namespace, account).map_err(|e| invalid(name, e))?,
+        uid: w.uid.into(),
+        workload_name: workload_name.as_str().into(),
+        name: w.name.into(),
+        namespace: w.namespace.into(),
+        node: w.node.into(),
+        network: w.network.into(),
+        host_network,
+        addresses: w.addresses.iter().map(|a| self::address(name, a)).collect::<Result<_, _>>()?,
+        tunnel,
+        healthy,
+        services,
+    })
+}
+
+fn service(name: &str, s: wire::Service) -> Result<Service, ConvertError> {
+    Ok(Service {
+        key: format!("{}/{}", s.namespace, s.hostname).into(),
+        addresses: s.addresses.iter().map(|a| address(name, &a.address)).collect::<Result<_, _>>()?,
+        ports: ports(name, &s.ports)?,
+        name: s.name.into(),
+        namespace: s.namespace.into(),
+    })
+}
+
+/// Reads a `weft.node.v1.LocalWorkload`.
+pub fn local_pod(name: &str, value: &[u8]) -> Result<LocalPod, ConvertError> {
+    let local: node::LocalWorkload = decode(name, value)?;
+    Ok(LocalPod { enroll: local.enroll, netns: local.netns_path.into() })
+}
+
+/// Reads the `weft.node.v1.MeshConfig`.
+pub fn mesh_settings(name: &str, value: &[u8]) -> Result<MeshSettings, ConvertError> {
+    let config: node::MeshConfig = decode(name, value)?;
+    let parse = |list: &[String]| -> Result<Vec<IpNet>, ConvertError> {
+        list.iter().map(|n| n.parse().map_err(|e| invalid(name, format!("{n:?}: {e}")))).collect()
+    };
+    let mut captured = parse(&config.pod_networks)?;
+    captured.extend(parse(&config.service_networks)?);
+    Ok(MeshSettings {
+        trust_domain: TrustDomain::new(&config.trust_domain).map_err(|e| invalid(name, e))?,
+        cluster_id: config.cluster_id,
+        captured,
+        external: parse(&config.external_networks)?,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(w: wire::Workload, name: &str) -> Result<Entry, ConvertError> {
+        let address = wire::Address { r#type: Some(wire::address::Type::Workload(w)) };
+        entry(name, &address.encode_to_vec(), &TrustDomain::new("cluster.local").expect("valid"))
+    }
+
+    fn pod() -> wire::Workload {
+        wire::Workload {
+            uid: "c//Pod/shop/web".into(),
+            name: "web".into(),
+            namespace: "shop".into(),
+            addresses: vec![vec![10, 0, 0, 1].into()],
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn fills_in_what_may_be_elided() {
+        let Ok(Entry::Workload(w)) = read(pod(), "c//Pod/shop/web") else { panic!("not a workload") };
+        assert_eq!(w.identity.to_string(), "spiffe://cluster.local/ns/shop/sa/default");
+        assert_eq!(w.addresses, ["10.0.0.1".parse::<IpAddr>().expect("valid")]);
+        assert_eq!((w.tunnel, w.healthy), (Tunnel::None, true));
+    }
+
+    #[test]
+    fn refuses_what_it_cannot_understand() {
+        assert!(read(pod(), "another").is_err(), "content under another name");
+        assert!(read(wire::Workload { addresses: vec![vec![1, 2, 3].into()], ..pod() }, "c//Pod/shop/web").is_err());
+        assert!(read(wire::Workload { tunnel_protocol: 2, ..pod() }, "c//Pod/shop/web").is_err());
+        assert!(read(wire::Workload { trust_domain: "Bad/".into(), ..pod() }, "c//Pod/shop/web").is_err());
+        let trust = TrustDomain::new("cluster.local").expect("valid");
+        assert!(entry("x", &[0xff, 0xff], &trust).is_err());
+    }
+}

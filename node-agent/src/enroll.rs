@@ -1,0 +1,385 @@
+//! Which pods of this node are enrolled: brings the kernel in line with what the controller wants, retries until it
+//! succeeds, and reports upward what is in place.
+//!
+//! One task owns all of it. A pod goes Hold -> Published -> Leaving -> Gone ([`Phase`]); the workers only read the phase.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashSet},
+    net::IpAddr,
+    path::Path,
+    sync::{Arc, Weak},
+    time::Duration,
+};
+
+use tokio::{
+    sync::{mpsc, watch},
+    time::Instant,
+};
+use tracing::{info, warn};
+use weft_core::{SpiffeId, Tunnel, Workload};
+use weft_kernel::{Kernel, Netns, PodAddresses};
+use weft_proto::node::{EnrollmentFailure, EnrollmentReport};
+
+use crate::{
+    controller::Controller,
+    metrics::Metrics,
+    pod::{Phase, PodHandle},
+    state::Snapshot,
+    worker::Workers,
+};
+
+/// After its label is gone a pod keeps answering tunnels this long, for peers that have not heard yet.
+const LEAVING_GRACE: Duration = Duration::from_secs(2);
+/// How often namespaces are looked at again: one may have been replaced under the same path.
+const RECHECK: Duration = Duration::from_secs(5);
+const FIRST_RETRY: Duration = Duration::from_millis(250);
+const LAST_RETRY: Duration = Duration::from_secs(30);
+
+/// What others may know of enrolment.
+#[derive(Debug, Clone, Default)]
+pub struct Enrollment {
+    pub pods: Vec<PodStatus>,
+    /// Every wanted pod is enrolled or has a failure that was reported.
+    pub settled: bool,
+}
+
+#[derive(Debug, Clone, serde::Serialize)]
+pub struct PodStatus {
+    pub uid: String,
+    pub identity: Option<String>,
+    pub phase: Option<String>,
+    pub open_connections: usize,
+    pub failure: Option<String>,
+}
+
+struct Failure {
+    message: String,
+    next: Instant,
+    retry: Duration,
+}
+
+pub struct Enroller {
+    pub kernel: Arc<Kernel>,
+    pub workers: Workers,
+    pub metrics: Arc<Metrics>,
+    pub snapshots: watch::Receiver<Arc<Snapshot>>,
+    pub identities: watch::Sender<BTreeSet<SpiffeId>>,
+    pub report: watch::Sender<EnrollmentReport>,
+    pub status: watch::Sender<Enrollment>,
+    pub max_connections_per_pod: usize,
+    pub draining: watch::Receiver<bool>,
+}
+
+/// The task's own state.
+#[derive(Default)]
+struct Pods {
+    enrolled: BTreeMap<Arc<str>, Arc<PodHandle>>,
+    /// Also those that left but may still have connections.
+    all: Vec<Weak<PodHandle>>,
+    leaving: BTreeMap<Arc<str>, Instant>,
+    failures: BTreeMap<Arc<str>, Failure>,
+    /// When namespaces were last compared with what is enrolled.
+    checked: Option<Instant>,
+    stale_removed: bool,
+}
+
+impl Enroller {
+    /// Runs until the agent drains, then touches nothing any more (a successor may own the pins by now) and returns when
+    /// no connection is open.
+    pub async fn run(mut self) {
+        let mut pods = Pods::default();
+        let (idle_tx, mut idle) = mpsc::unbounded_channel::<Arc<PodHandle>>();
+        let mut draining = self.draining.clone();
+        loop {
+            if *draining.borrow() {
+                return drain(pods.all).await;
+            }
+            let snapshot = self.snapshots.borrow_and_update().clone();
+            if snapshot.synced {
+                self.reconcile(&snapshot, &mut pods, &idle_tx).await;
+            }
+            let due = pods.failures.values().map(|f| f.next).chain(pods.leaving.values().copied()).min();
+            let wake = due.unwrap_or_else(far).min(Instant::now() + RECHECK);
+            tokio::select! {
+                changed = self.snapshots.changed() => if changed.is_err() { return },
+                Some(pod) = idle.recv() => self.remove_routes(pod, &pods).await,
+                _ = draining.changed() => {}
+                () = tokio::time::sleep_until(wake) => {}
+            }
+        }
+    }
+
+    async fn reconcile(&self, snapshot: &Snapshot, pods: &mut Pods, idle: &mpsc::UnboundedSender<Arc<PodHandle>>) {
+        self.release_unwanted(snapshot, pods, idle).await;
+        self.enroll_wanted(snapshot, pods).await;
+        self.follow_publication(snapshot, pods);
+        if !pods.stale_removed {
+            let keep: HashSet<u64> = pods.enrolled.values().map(|p| p.kernel.cookie()).collect();
+            match self.blocking(move |kernel| kernel.remove_stale(&keep)).await {
+                Ok(()) => pods.stale_removed = true,
+                Err(error) => warn!(%error, "removing what a predecessor left of pods that are gone"),
+            }
+        }
+        self.tell(pods);
+    }
+
+    /// Pods whose label or existence is gone.
+    async fn release_unwanted(
+        &self,
+        snapshot: &Snapshot,
+        pods: &mut Pods,
+        idle: &mpsc::UnboundedSender<Arc<PodHandle>>,
+    ) {
+        let now = Instant::now();
+        // Opening every namespace is too much to do for each piece of news.
+        let check = pods.checked.is_none_or(|at| at + RECHECK <= now);
+        if check {
+            pods.checked = Some(now);
+        }
+        for (uid, pod) in pods.enrolled.clone() {
+            let local = snapshot.local.get(&uid);
+            let replaced = match local {
+                Some(local) => {
+                    !same_pod(&pod, snapshot.mesh.workload(&uid)) || (check && !same_netns(&pod, &local.netns))
+                }
+                None => true,
+            };
+            if replaced {
+                info!(uid = %uid, "pod is gone");
+                pods.enrolled.remove(&uid);
+                pods.leaving.remove(&uid);
+                pod.phase.send_replace(Phase::Gone);
+                self.workers.unlisten(&pod);
+                if let Err(error) = self.on_pod(&pod, |p| p.stop_capture()).await {
+                    warn!(uid = %uid, %error, "removing a pod that is gone");
+                }
+            } else if local.is_some_and(|l| l.enroll) {
+                if pods.leaving.remove(&uid).is_some() {
+                    pod.phase.send_replace(Phase::Hold);
+                }
+            } else if let Some(deadline) = pods.leaving.get(&uid) {
+                if *deadline <= now {
+                    self.stop_capture(&uid, &pod, pods, idle).await;
+                }
+            } else {
+                info!(uid = %uid, grace = ?LEAVING_GRACE, "pod leaves the mesh");
+                pods.leaving.insert(uid, now + LEAVING_GRACE);
+                pod.phase.send_replace(Phase::Leaving);
+                if let Err(error) = pod.kernel.set_published(false) {
+                    warn!(uid = %pod.uid, %error, "letting plaintext in again");
+                }
+            }
+        }
+        pods.failures.retain(|uid, _| snapshot.local.get(uid).is_some_and(|l| l.enroll));
+    }
+
+    async fn stop_capture(
+        &self,
+        uid: &Arc<str>,
+        pod: &Arc<PodHandle>,
+        pods: &mut Pods,
+        idle: &mpsc::UnboundedSender<Arc<PodHandle>>,
+    ) {
+        if let Err(error) = self.on_pod(pod, |p| p.stop_capture()).await {
+            warn!(uid = %uid, %error, "ending capture; trying again");
+            pods.leaving.insert(uid.clone(), Instant::now() + FIRST_RETRY);
+            return;
+        }
+        pods.enrolled.remove(uid);
+        pods.leaving.remove(uid);
+        self.workers.unlisten(pod);
+        info!(uid = %uid, open_connections = pod.open_connections(), "pod left the mesh");
+        // The route must outlive the connections that use it: without it their packets would leave the pod in the clear.
+        let (pod, idle) = (pod.clone(), idle.clone());
+        tokio::spawn(async move {
+            pod.until_idle().await;
+            let _ = idle.send(pod);
+        });
+    }
+
+    /// The last connection of a pod that left has ended.
+    async fn remove_routes(&self, pod: Arc<PodHandle>, pods: &Pods) {
+        let again = pods.enrolled.values().any(|p| p.kernel.cookie() == pod.kernel.cookie());
+        if !again && let Err(error) = self.on_pod(&pod, |p| p.remove_routes()).await {
+            warn!(uid = %pod.uid, %error, "removing the policy route");
+        }
+    }
+
+    async fn enroll_wanted(&self, snapshot: &Snapshot, pods: &mut Pods) {
+        let now = Instant::now();
+        for (uid, local) in &snapshot.local {
+            let waiting = pods.failures.get(uid).is_some_and(|f| f.next > now);
+            if !local.enroll || pods.enrolled.contains_key(uid) || waiting {
+                continue;
+            }
+            let result = match snapshot.mesh.workload(uid) {
+                Some(workload) => self.enroll(workload.clone(), &local.netns).await,
+                None => Err("the controller wants it enrolled but has not said who it is".to_owned()),
+            };
+            match result {
+                Ok(pod) => {
+                    info!(uid = %uid, identity = %pod.identity(), "pod enrolled");
+                    pods.failures.remove(uid);
+                    pods.all.retain(|p| p.strong_count() > 0);
+                    pods.all.push(Arc::downgrade(&pod));
+                    pods.enrolled.insert(uid.clone(), pod);
+                }
+                Err(message) => {
+                    self.metrics.enrollment_failures.inc();
+                    let retry =
+                        pods.failures.get(uid).map_or(FIRST_RETRY, |f| (f.retry * 2).min(LAST_RETRY));
+                    warn!(uid = %uid, error = message, retry_in = ?retry, "pod not enrolled");
+                    pods.failures.insert(uid.clone(), Failure { message, next: Instant::now() + retry, retry });
+                }
+            }
+        }
+    }
+
+    async fn enroll(&self, workload: Arc<Workload>, netns: &Path) -> Result<Arc<PodHandle>, String> {
+        if netns.as_os_str().is_empty() {
+            return Err("its network namespace is not known: no annotation weft.dev/netns".into());
+        }
+        let find = |v4: bool| workload.addresses.iter().copied().find(|a| a.is_ipv4() == v4);
+        let addresses = PodAddresses {
+            v4: find(true).and_then(|a| if let IpAddr::V4(a) = a { Some(a) } else { None }),
+            v6: find(false).and_then(|a| if let IpAddr::V6(a) = a { Some(a) } else { None }),
+        };
+        let path = netns.to_owned();
+        let claimed = workload.addresses.clone();
+        let enrolled = self.blocking(move |kernel| {
+            let netns = Netns::open(&path).map_err(|e| e.to_string())?;
+            // A namespace that does not own the pod's addresses is somebody else's.
+            let owned = netns.addresses().map_err(|e| e.to_string())?;
+            if let Some(missing) = claimed.iter().find(|a| !owned.contains(a)) {
+                return Err(format!("{} does not have the pod's address {missing}", path.display()));
+            }
+            kernel.enroll(netns, addresses).map_err(|e| e.to_string())
+        });
+        let mut pod = enrolled.await?;
+        let listener = pod.take_listener().ok_or("its listener was already taken")?;
+        let pod = Arc::new(PodHandle::new(workload, pod, self.max_connections_per_pod));
+        self.workers.listen(&pod, listener);
+        Ok(pod)
+    }
+
+    /// A pod counts as enrolled once this agent has seen it published: from then on peers that are later than it know it.
+    fn follow_publication(&self, snapshot: &Snapshot, pods: &Pods) {
+        for (uid, pod) in &pods.enrolled {
+            let published = snapshot.mesh.workload(uid).is_some_and(|w| w.tunnel == Tunnel::Hbone);
+            if published && pod.phase() == Phase::Hold {
+                match pod.kernel.set_published(true) {
+                    Ok(()) => {
+                        info!(uid = %uid, "pod is in the mesh");
+                        pod.phase.send_replace(Phase::Published);
+                    }
+                    Err(error) => warn!(uid = %uid, %error, "pod stays on hold"),
+                }
+            }
+        }
+    }
+
+    fn tell(&self, pods: &Pods) {
+        self.metrics.enrolled.set(pods.enrolled.len() as i64);
+        let wanted: BTreeSet<_> = pods.enrolled.values().map(|p| p.identity().clone()).collect();
+        self.identities.send_if_modified(|current| replace_if_changed(current, wanted));
+        let staying = pods.enrolled.keys().filter(|uid| !pods.leaving.contains_key(*uid));
+        let report = EnrollmentReport {
+            enrolled_uids: staying.map(|uid| uid.to_string()).collect(),
+            failures: pods
+                .failures
+                .iter()
+                .map(|(uid, f)| EnrollmentFailure { uid: uid.to_string(), message: f.message.clone() })
+                .collect(),
+        };
+        self.report.send_if_modified(|current| replace_if_changed(current, report));
+        let enrolled = pods.enrolled.values().map(|pod| PodStatus {
+            uid: pod.uid.to_string(),
+            identity: Some(pod.identity().to_string()),
+            phase: Some(format!("{:?}", pod.phase())),
+            open_connections: pod.open_connections(),
+            failure: None,
+        });
+        let failed = pods.failures.iter().map(|(uid, f)| PodStatus {
+            uid: uid.to_string(),
+            identity: None,
+            phase: None,
+            open_connections: 0,
+            failure: Some(f.message.clone()),
+        });
+        self.status.send_replace(Enrollment { pods: enrolled.chain(failed).collect(), settled: true });
+    }
+
+    /// Kernel work enters namespaces and talks netlink: not on the runtime's thread.
+    async fn blocking<T: Send + 'static>(&self, work: impl FnOnce(&Kernel) -> T + Send + 'static) -> T {
+        let kernel = self.kernel.clone();
+        match tokio::task::spawn_blocking(move || work(&kernel)).await {
+            Ok(result) => result,
+            Err(panic) => std::panic::resume_unwind(panic.into_panic()),
+        }
+    }
+
+    async fn on_pod<E: Send + 'static>(
+        &self,
+        pod: &Arc<PodHandle>,
+        work: impl FnOnce(&weft_kernel::Pod) -> Result<(), E> + Send + 'static,
+    ) -> Result<(), E> {
+        let pod = pod.clone();
+        self.blocking(move |_| work(&pod.kernel)).await
+    }
+}
+
+async fn drain(pods: Vec<Weak<PodHandle>>) {
+    for pod in pods {
+        if let Some(pod) = pod.upgrade() {
+            pod.until_idle().await;
+        }
+    }
+}
+
+/// Whether the controller still means the same pod: same account, same addresses.
+fn same_pod(pod: &PodHandle, workload: Option<&Arc<Workload>>) -> bool {
+    let same = |w: &Arc<Workload>| w.identity == pod.workload.identity && w.addresses == pod.workload.addresses;
+    workload.is_some_and(same)
+}
+
+/// Whether the namespace under that path is still the one that was enrolled.
+fn same_netns(pod: &PodHandle, path: &Path) -> bool {
+    Netns::open(path).is_ok_and(|n| n.cookie() == pod.kernel.cookie())
+}
+
+fn replace_if_changed<T: PartialEq>(current: &mut T, new: T) -> bool {
+    let changed = *current != new;
+    *current = new;
+    changed
+}
+
+fn far() -> Instant {
+    Instant::now() + Duration::from_secs(3600)
+}
+
+/// Sends every report upward, and the newest again after each reconnect, until the controller has it.
+pub async fn report_upward(
+    controller: Controller,
+    mut reports: watch::Receiver<EnrollmentReport>,
+    mut connected: watch::Receiver<bool>,
+) {
+    loop {
+        let report = reports.borrow_and_update().clone();
+        connected.mark_unchanged();
+        let nothing = report.enrolled_uids.is_empty() && report.failures.is_empty();
+        let up = *connected.borrow();
+        let retry = if nothing || !up {
+            far()
+        } else if let Err(status) = controller.report_enrollment(report).await {
+            warn!(error = status.message(), "the controller has not taken the enrolment report; trying again");
+            Instant::now() + Duration::from_millis(500)
+        } else {
+            far()
+        };
+        tokio::select! {
+            changed = reports.changed() => if changed.is_err() { return },
+            changed = connected.changed() => if changed.is_err() { return },
+            () = tokio::time::sleep_until(retry) => {}
+        }
+    }
+}

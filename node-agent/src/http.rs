@@ -1,0 +1,236 @@
+//! The agent's three small HTTP servers: metrics and readiness over TCP, admin over a Unix socket that only its owner
+//! may open.
+
+use std::{
+    convert::Infallible, io, net::SocketAddr, os::unix::fs::PermissionsExt, path::Path, sync::Arc,
+    time::Duration,
+};
+
+use anyhow::Context;
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::{
+    Method, Request, Response, StatusCode, body::Incoming, header::CONTENT_TYPE, server::conn::http1,
+    service::service_fn,
+};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    net::{TcpListener, UnixListener},
+    sync::watch,
+};
+use tracing::{info, warn};
+
+use crate::{enroll::Enrollment, identities::Identities, logging, metrics::Metrics, state::Snapshot};
+
+/// A client that sends its request slower than this is cut off.
+const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// What the servers show and may set off.
+#[derive(Clone)]
+pub struct Views {
+    pub metrics: Arc<Metrics>,
+    pub snapshots: watch::Receiver<Arc<Snapshot>>,
+    pub enrollment: watch::Receiver<Enrollment>,
+    pub identities: Identities,
+    pub connected: watch::Receiver<bool>,
+    pub drain: watch::Sender<bool>,
+}
+
+type Reply = Response<Full<Bytes>>;
+
+fn reply(status: StatusCode, kind: &'static str, body: impl Into<Bytes>) -> Reply {
+    let mut response = Response::new(Full::new(body.into()));
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, hyper::header::HeaderValue::from_static(kind));
+    response
+}
+
+fn text(status: StatusCode, body: impl Into<Bytes>) -> Reply {
+    reply(status, "text/plain; charset=utf-8", body)
+}
+
+fn not_found(paths: &str) -> Reply {
+    text(StatusCode::NOT_FOUND, format!("not here; try {paths}\n"))
+}
+
+impl Views {
+    fn metrics(&self, request: &Request<Incoming>) -> Reply {
+        if request.uri().path() != "/metrics" {
+            return not_found("/metrics");
+        }
+        match self.metrics.encode() {
+            Ok(body) => {
+                reply(StatusCode::OK, "application/openmetrics-text; version=1.0.0; charset=utf-8", body)
+            }
+            Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
+        }
+    }
+
+    /// Ready once the first state is in force and every pod that should be enrolled is, or has its failure reported.
+    fn ready(&self, request: &Request<Incoming>) -> Reply {
+        if !matches!(request.uri().path(), "/readyz" | "/healthz/ready") {
+            return not_found("/readyz");
+        }
+        let waiting = if *self.drain.borrow() {
+            Some("draining")
+        } else if !self.snapshots.borrow().synced {
+            Some("waiting for the controller's first state")
+        } else if !self.enrollment.borrow().settled {
+            Some("enrolling pods")
+        } else {
+            None
+        };
+        match waiting {
+            None => text(StatusCode::OK, "ready\n"),
+            Some(why) => text(StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {why}\n")),
+        }
+    }
+
+    fn admin(&self, request: &Request<Incoming>) -> Reply {
+        match (request.method(), request.uri().path()) {
+            (&Method::GET, "/config_dump") => {
+                let body = serde_json::to_vec_pretty(&self.dump()).unwrap_or_else(|e| e.to_string().into());
+                reply(StatusCode::OK, "application/json", body)
+            }
+            (&Method::GET, "/logging") => text(StatusCode::OK, format!("{}\n", logging::level())),
+            (&Method::PUT | &Method::POST, "/logging") => {
+                let query = request.uri().query().unwrap_or_default();
+                let Some(level) = query.split('&').find_map(|q| q.strip_prefix("level=")) else {
+                    return text(StatusCode::BAD_REQUEST, "say which: /logging?level=info,access=off\n");
+                };
+                match logging::set_level(level) {
+                    Ok(()) => text(StatusCode::OK, format!("{level}\n")),
+                    Err(error) => text(StatusCode::BAD_REQUEST, format!("{error:#}\n")),
+                }
+            }
+            (&Method::POST, "/drain") => {
+                self.drain.send_replace(true);
+                text(StatusCode::OK, "draining\n")
+            }
+            _ => not_found("GET /config_dump, GET or PUT /logging?level=FILTER, POST /drain"),
+        }
+    }
+
+    fn dump(&self) -> serde_json::Value {
+        let snapshot = self.snapshots.borrow().clone();
+        let workloads = snapshot.mesh.entries().filter_map(|e| match e {
+            weft_core::Entry::Workload(w) => Some(serde_json::json!({
+                "uid": &*w.uid,
+                "identity": w.identity.to_string(),
+                "node": &*w.node,
+                "addresses": w.addresses,
+                "tunnel": format!("{:?}", w.tunnel),
+                "healthy": w.healthy,
+                "services": w.services.iter().map(|(key, _)| &**key).collect::<Vec<_>>(),
+            })),
+            weft_core::Entry::Service(_) => None,
+        });
+        let services = snapshot.mesh.entries().filter_map(|e| match e {
+            weft_core::Entry::Service(s) => Some(serde_json::json!({
+                "key": &*s.key,
+                "addresses": s.addresses,
+                "ports": s.ports.iter().map(|p| p.service_port).collect::<Vec<_>>(),
+            })),
+            weft_core::Entry::Workload(_) => None,
+        });
+        // Certificates by their dates alone: keys never leave the process.
+        let certificates = self.identities.all();
+        let certificates = certificates.iter().map(|(id, certificate)| {
+            serde_json::json!({ "identity": id.to_string(), "not_after": unix(certificate.not_after()) })
+        });
+        serde_json::json!({
+            "connected": *self.connected.borrow(),
+            "synced": snapshot.synced,
+            "captured": snapshot.settings.as_ref().map(|s| s.captured.iter().map(|n| n.to_string()).collect::<Vec<_>>()),
+            "trust_domain": snapshot.settings.as_ref().map(|s| s.trust_domain.to_string()),
+            "pods": self.enrollment.borrow().pods,
+            "certificates": certificates.collect::<Vec<_>>(),
+            "workloads": workloads.collect::<Vec<_>>(),
+            "services": services.collect::<Vec<_>>(),
+        })
+    }
+}
+
+fn unix(time: std::time::SystemTime) -> u64 {
+    time.duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_secs()
+}
+
+/// Starts all three. Their ports may be shared with a predecessor that drains.
+pub fn start(views: Views, metrics: SocketAddr, ready: SocketAddr, admin: &Path) -> anyhow::Result<()> {
+    for (address, what, answer) in [
+        (metrics, "metrics", Views::metrics as fn(&Views, &Request<Incoming>) -> Reply),
+        (ready, "readiness", Views::ready),
+    ] {
+        let listener = shared_port(address).with_context(|| format!("listening on {address} for {what}"))?;
+        let views = views.clone();
+        tokio::spawn(async move {
+            loop {
+                match listener.accept().await {
+                    Ok((stream, _)) => serve(stream, views.clone(), answer),
+                    Err(error) => pause(&error).await,
+                }
+            }
+        });
+    }
+    let listener = admin_socket(admin).with_context(|| format!("listening on {}", admin.display()))?;
+    tokio::spawn(async move {
+        loop {
+            match listener.accept().await {
+                Ok((stream, _)) => serve(stream, views.clone(), Views::admin),
+                Err(error) => pause(&error).await,
+            }
+        }
+    });
+    info!(%metrics, %ready, admin = %admin.display(), "serving metrics, readiness and admin");
+    Ok(())
+}
+
+async fn pause(error: &io::Error) {
+    warn!(%error, "accept");
+    tokio::time::sleep(Duration::from_millis(100)).await;
+}
+
+fn serve<S>(stream: S, views: Views, answer: fn(&Views, &Request<Incoming>) -> Reply)
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    tokio::spawn(async move {
+        let service = service_fn(move |request| {
+            let reply = answer(&views, &request);
+            async { Ok::<_, Infallible>(reply) }
+        });
+        let mut server = http1::Builder::new();
+        server.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
+        // A client that hangs up in the middle is its own business.
+        let _ = server.serve_connection(TokioIo::new(stream), service).await;
+    });
+}
+
+fn shared_port(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = socket2::Socket::new(
+        socket2::Domain::for_address(address),
+        socket2::Type::STREAM.nonblocking().cloexec(),
+        None,
+    )?;
+    socket.set_reuse_address(true)?;
+    socket.set_reuse_port(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(128)?;
+    TcpListener::from_std(socket.into())
+}
+
+/// A socket at `path`, in place of one that a predecessor left.
+fn admin_socket(path: &Path) -> anyhow::Result<UnixListener> {
+    if let Some(parent) = path.parent() {
+        std::fs::create_dir_all(parent).with_context(|| format!("creating {}", parent.display()))?;
+    }
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error.into()),
+        _ => {}
+    }
+    let listener = UnixListener::bind(path)?;
+    std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+    Ok(listener)
+}
+

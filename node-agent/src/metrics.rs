@@ -1,0 +1,194 @@
+//! What `/metrics` shows. Labels are at workload level, never at connection level; a connection looks its counters up
+//! once, when it opens.
+
+use std::{
+    fmt::Write,
+    sync::{Arc, atomic::AtomicU64},
+};
+
+use prometheus_client::{
+    collector::Collector,
+    encoding::{
+        DescriptorEncoder, EncodeLabelSet, EncodeLabelValue, EncodeMetric, LabelValueEncoder, text::encode,
+    },
+    metrics::{counter::ConstCounter, counter::Counter, family::Family, gauge::Gauge},
+    registry::{Registry, Unit},
+};
+use weft_kernel::Kernel;
+
+/// A label's text, shared with the mesh model.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub struct Text(pub Arc<str>);
+
+impl Text {
+    pub fn unknown() -> Self {
+        Self("unknown".into())
+    }
+}
+
+impl EncodeLabelValue for Text {
+    fn encode(&self, encoder: &mut LabelValueEncoder) -> std::fmt::Result {
+        encoder.write_str(&self.0)
+    }
+}
+
+/// Which end of a connection this agent serves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
+#[allow(non_camel_case_types, reason = "label values are lower case")]
+pub enum Reporter {
+    source,
+    destination,
+}
+
+/// How the connection's bytes cross the wire.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
+#[allow(non_camel_case_types, reason = "label values are lower case")]
+pub enum Security {
+    mutual_tls,
+    plaintext,
+}
+
+/// Who talks to whom.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct ConnectionLabels {
+    pub reporter: Reporter,
+    pub source_workload: Text,
+    pub source_namespace: Text,
+    pub source_principal: Text,
+    pub destination_workload: Text,
+    pub destination_namespace: Text,
+    pub destination_principal: Text,
+    pub destination_service: Text,
+    pub security: Security,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct FailureLabels {
+    pub reporter: Reporter,
+    pub reason: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct ReasonLabels {
+    pub reason: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct IdentityLabels {
+    pub identity: Text,
+}
+
+/// Every metric of the agent.
+#[derive(Debug)]
+pub struct Metrics {
+    registry: Registry,
+    pub opened: Family<ConnectionLabels, Counter>,
+    pub closed: Family<ConnectionLabels, Counter>,
+    pub sent: Family<ConnectionLabels, Counter>,
+    pub received: Family<ConnectionLabels, Counter>,
+    pub failed: Family<FailureLabels, Counter>,
+    tls_refused: Family<ReasonLabels, Counter>,
+    pub enrolled: Gauge,
+    pub enrollment_failures: Counter,
+    pub xds_connected: Gauge,
+    pub xds_rejected: Counter,
+    pub certificate_expiry: Family<IdentityLabels, Gauge<f64, AtomicU64>>,
+    pub certificate_failures: Counter,
+}
+
+impl Metrics {
+    pub fn new(kernel: Arc<Kernel>) -> Self {
+        let mut registry = Registry::with_prefix("weft");
+        macro_rules! register {
+            ($name:literal, $help:literal) => {{
+                let metric = Default::default();
+                registry.register($name, $help, Clone::clone(&metric));
+                metric
+            }};
+        }
+        let opened = register!("tcp_connections_opened", "Connections opened through the agent");
+        let closed = register!("tcp_connections_closed", "Connections that ended");
+        let sent = register!("tcp_sent_bytes", "Bytes from the source to the destination");
+        let received = register!("tcp_received_bytes", "Bytes from the destination to the source");
+        let failed = register!("tcp_connections_failed", "Connections refused or not established, by reason");
+        let tls_refused = register!("tls_refused", "TLS peers refused, by reason");
+        let enrolled = register!("enrolled_pods", "Pods of this node that are enrolled");
+        let enrollment_failures = register!("enrollment_failures", "Attempts to enrol a pod that failed");
+        let xds_connected = register!("xds_connected", "1 while connected to the controller");
+        let xds_rejected = register!("xds_rejected", "Updates from the controller that could not be applied");
+        let certificate_expiry: Family<IdentityLabels, Gauge<f64, AtomicU64>> = Family::default();
+        registry.register_with_unit(
+            "certificate_expiry_timestamp",
+            "When the certificate in use expires, Unix time",
+            Unit::Seconds,
+            certificate_expiry.clone(),
+        );
+        let certificate_failures = register!("certificate_failures", "Certificate requests that failed");
+        registry.register_collector(Box::new(Sampled(kernel)));
+        Self {
+            registry,
+            opened,
+            closed,
+            sent,
+            received,
+            failed,
+            tls_refused,
+            enrolled,
+            enrollment_failures,
+            xds_connected,
+            xds_rejected,
+            certificate_expiry,
+            certificate_failures,
+        }
+    }
+
+    pub fn tls_refused(&self, reason: &'static str) {
+        self.tls_refused.get_or_create(&ReasonLabels { reason }).inc();
+    }
+
+    /// The OpenMetrics text format.
+    pub fn encode(&self) -> Result<String, std::fmt::Error> {
+        let mut text = String::new();
+        encode(&mut text, &self.registry)?;
+        Ok(text)
+    }
+}
+
+/// What others count, read when somebody asks.
+#[derive(Debug)]
+struct Sampled(Arc<Kernel>);
+
+impl Collector for Sampled {
+    fn encode(&self, mut encoder: DescriptorEncoder) -> Result<(), std::fmt::Error> {
+        let counter = |n: u64| ConstCounter::new(n);
+        if let Ok(counters) = self.0.counters() {
+            let captured = counter(counters.captured);
+            captured.encode(encoder.encode_descriptor(
+                "kernel_captured",
+                "Connections the kernel handed to the agent at connect",
+                None,
+                captured.metric_type(),
+            )?)?;
+            let mut family = encoder.encode_descriptor(
+                "kernel_refused",
+                "Connections the kernel refused, by reason",
+                None,
+                captured.metric_type(),
+            )?;
+            for (reason, n) in [
+                ("no_agent", counters.refused_no_agent),
+                ("bound_device", counters.refused_bound_device),
+                ("plaintext_from_enrolled", counters.refused_plaintext),
+            ] {
+                counter(n).encode(family.encode_family(&ReasonLabels { reason })?)?;
+            }
+        }
+        let dropped = counter(crate::logging::dropped());
+        dropped.encode(encoder.encode_descriptor(
+            "log_lines_dropped",
+            "Log lines not written because the reader was too slow",
+            None,
+            dropped.metric_type(),
+        )?)
+    }
+}

@@ -1,0 +1,176 @@
+//! Connections that an enrolled pod opened: find out who is meant, then carry the bytes there, through a tunnel to
+//! whoever is enrolled, as they are to whoever is known not to be.
+
+use std::{fmt::Write, net::SocketAddr, rc::Rc, sync::Arc};
+
+use rand::Rng;
+use tokio::net::TcpStream;
+use weft_core::{TUNNEL_PORT, Tunnel, Workload, mesh::Destination};
+use weft_transport::{ConnectRequest, Counters, TunnelKey, relay, relay_plain};
+
+use crate::{
+    connection::{Connection, Party, Refusal, carry},
+    metrics::{Reporter, Security},
+    pod::{Phase, PodHandle},
+    state::Snapshot,
+    worker::{Worker, connected},
+};
+
+/// Where a connection goes.
+enum Route {
+    Workload { workload: Arc<Workload>, to: SocketAddr, service: Option<Arc<weft_core::Service>> },
+    /// Outside every range of the mesh.
+    Outside,
+}
+
+pub async fn serve(worker: Rc<Worker>, pod: Arc<PodHandle>, app: TcpStream, from: SocketAddr, to: SocketAddr) {
+    let mut connection = Connection::new(worker.shared.metrics.clone(), Reporter::source, from, to);
+    connection.source = Party::workload(pod.workload.clone());
+    if let Err(refusal) = forward(&worker, &pod, app, &mut connection).await {
+        connection.refused(&refusal);
+    }
+}
+
+/// On success the connection was carried and recorded, whatever its end; an error is for the caller to record.
+async fn forward(
+    worker: &Rc<Worker>,
+    pod: &Arc<PodHandle>,
+    app: TcpStream,
+    connection: &mut Connection,
+) -> Result<(), Refusal> {
+    wait_for_publication(worker, pod).await?;
+    let (workload, to) = match route(worker, connection.to).await? {
+        Route::Outside => (None, connection.to),
+        Route::Workload { workload, to, service } => {
+            connection.service = service;
+            connection.destination = Party { workload: Some(workload.clone()), principal: None };
+            (Some(workload), to)
+        }
+    };
+    connection.via = Some(to);
+    match workload {
+        // To itself, by way of a service: never leaves the pod.
+        Some(workload) if workload.tunnel == Tunnel::Hbone && workload.uid != pod.uid => {
+            let _load = worker.load_on(&workload.uid);
+            connection.security = Security::mutual_tls;
+            connection.destination.principal = Some(workload.identity.clone());
+            connection.via = Some(SocketAddr::new(to.ip(), TUNNEL_PORT));
+            through_tunnel(worker, pod, &workload, app, to, connection).await
+        }
+        workload => {
+            let _load = workload.map(|w| worker.load_on(&w.uid));
+            as_it_is(worker, pod, app, to, connection).await
+        }
+    }
+}
+
+async fn wait_for_publication(worker: &Worker, pod: &PodHandle) -> Result<(), Refusal> {
+    if pod.phase() != Phase::Hold {
+        return Ok(());
+    }
+    let mut phase = pod.phase.subscribe();
+    match tokio::time::timeout(worker.shared.config.hold_timeout, phase.wait_for(|p| *p != Phase::Hold)).await {
+        Ok(Ok(_)) => Ok(()),
+        _ => Err(Refusal::new("not_published", "the controller has not announced this pod as a member yet")),
+    }
+}
+
+/// Who answers at `to`, waiting for news while nobody has heard of it.
+async fn route(worker: &Rc<Worker>, to: SocketAddr) -> Result<Route, Refusal> {
+    let decide = |snapshot: &Snapshot| match snapshot.mesh.destination(to.ip()) {
+        Destination::Workload(workload) => Some(Ok(Route::Workload { workload, to, service: None })),
+        Destination::Service(service) => {
+            let load = worker.load.borrow();
+            let found = snapshot.mesh.endpoint(
+                &service,
+                to.port(),
+                |n| rand::rng().random_range(0..n),
+                |w| load.get(&w.uid).copied().unwrap_or(0),
+            );
+            let endpoint = found.and_then(|(w, port)| Some((w.address_like(to.ip())?, port, w)));
+            Some(match endpoint {
+                Some((ip, port, workload)) => {
+                    Ok(Route::Workload { workload, to: SocketAddr::new(ip, port), service: Some(service) })
+                }
+                None => Err(Refusal::new(
+                    "no_endpoint",
+                    format!("service {} has no healthy endpoint for port {}", service.key, to.port()),
+                )),
+            })
+        }
+        Destination::Conflict => {
+            Some(Err(Refusal::new("address_conflict", "two workloads or services claim the address")))
+        }
+        Destination::Unknown if snapshot.in_range(to.ip()) => None,
+        Destination::Unknown => Some(Ok(Route::Outside)),
+    };
+    worker.hold(decide).await.unwrap_or_else(|| {
+        Err(Refusal::new("unknown_destination", "no workload or service at that address is known"))
+    })
+}
+
+async fn through_tunnel(
+    worker: &Rc<Worker>,
+    pod: &Arc<PodHandle>,
+    workload: &Workload,
+    app: TcpStream,
+    to: SocketAddr,
+    connection: &mut Connection,
+) -> Result<(), Refusal> {
+    let timeout = worker.shared.config.hold_timeout;
+    let mut identities = worker.shared.identities.clone();
+    let tls = identities.get(pod.identity(), timeout).await.ok_or_else(|| {
+        Refusal::new("no_certificate", format!("there is no certificate for {}", pod.identity()))
+    })?;
+    let key = TunnelKey {
+        pod: pod.kernel.cookie(),
+        source: pod.identity().clone(),
+        to: SocketAddr::new(to.ip(), TUNNEL_PORT),
+        expected: workload.identity.clone(),
+    };
+    let trace = traceparent();
+    connection.trace = Some(trace.clone());
+    let request = ConnectRequest {
+        authority: to,
+        destination_uid: workload.uid.to_string(),
+        baggage: pod.baggage.clone(),
+        forwarded: Some(format!("for=\"{}\"", connection.from)),
+        traceparent: Some(trace),
+    };
+    let tunnel = SocketAddr::new(to.ip(), TUNNEL_PORT);
+    let opened = worker.pool.open(key, &tls, request, || pod.kernel.outbound_socket(tunnel)).await;
+    let opened = opened.map_err(|error| {
+        if let weft_transport::OpenError::Tls(refused) = &error {
+            worker.shared.metrics.tls_refused(refused.reason());
+        }
+        Refusal::new(error.reason(), &error)
+    })?;
+    let counters = Counters::default();
+    carry(connection, &counters, relay(app, opened.stream, &counters)).await;
+    Ok(())
+}
+
+/// Plain TCP from the pod's own address.
+async fn as_it_is(
+    worker: &Rc<Worker>,
+    pod: &Arc<PodHandle>,
+    app: TcpStream,
+    to: SocketAddr,
+    connection: &mut Connection,
+) -> Result<(), Refusal> {
+    let refusal = |error: std::io::Error| Refusal::new("dial", format!("{to}: {error}"));
+    let socket = pod.kernel.outbound_socket(to).map_err(refusal)?;
+    let far = connected(socket, worker.shared.limits.connect_timeout).await.map_err(refusal)?;
+    let counters = Counters::default();
+    carry(connection, &counters, relay_plain(app, far, &counters)).await;
+    Ok(())
+}
+
+/// A new W3C trace context, not sampled: it ties the two agents' access log lines together.
+fn traceparent() -> String {
+    let (trace, span): (u128, u64) = rand::rng().random();
+    let mut text = String::with_capacity(55);
+    // Writing to a String cannot fail. All-zero ids are invalid.
+    let _ = write!(text, "00-{:032x}-{:016x}-00", trace.max(1), span.max(1));
+    text
+}

@@ -1,0 +1,251 @@
+//! Takes in the controller's news. For every delta, in this order: the kernel's maps, then the snapshot that workers
+//! read, then the acknowledgement. So whoever sees a pod published knows that this node's kernel already refuses
+//! plaintext from it.
+
+use std::{
+    collections::{BTreeMap, HashMap, HashSet},
+    net::IpAddr,
+    sync::Arc,
+};
+
+use ipnet::IpNet;
+use tokio::sync::{mpsc, watch};
+use tracing::{info, warn};
+use weft_core::{AddressKind, Mesh};
+use weft_kernel::{Kernel, Verdict};
+use weft_proto::type_url;
+use weft_xds::Update;
+
+use crate::{
+    convert::{self, ConvertError, LocalPod, MeshSettings},
+    metrics::Metrics,
+};
+
+/// What the controller said, as of the newest delta.
+#[derive(Debug, Clone, Default)]
+pub struct Snapshot {
+    pub mesh: Mesh,
+    /// `None` until the controller has sent it.
+    pub settings: Option<Arc<MeshSettings>>,
+    pub local: BTreeMap<Arc<str>, LocalPod>,
+    /// Every type has arrived at least once.
+    pub synced: bool,
+}
+
+impl Snapshot {
+    /// Whether an address nobody has heard of may belong to the mesh.
+    pub fn in_range(&self, ip: IpAddr) -> bool {
+        self.settings.as_ref().is_some_and(|s| s.in_range(ip))
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+enum ApplyError {
+    #[error(transparent)]
+    Convert(#[from] ConvertError),
+    #[error("the kernel's maps: {0}")]
+    Kernel(#[from] weft_kernel::Error),
+    #[error("resource type {0} was not asked for")]
+    UnknownType(String),
+    #[error("addresses arrived before the mesh's settings")]
+    NoSettings,
+}
+
+/// Resource types in the order in which they are asked for: settings first, because reading the others needs them.
+pub const TYPES: [&str; 3] = [type_url::MESH_CONFIG, type_url::ADDRESS, type_url::LOCAL_WORKLOAD];
+
+/// Runs until the channel closes. `publish` holds what workers read.
+pub async fn run(
+    kernel: Arc<Kernel>,
+    metrics: Arc<Metrics>,
+    mut updates: mpsc::Receiver<Update>,
+    publish: watch::Sender<Arc<Snapshot>>,
+) {
+    let mut applier = Applier { maps: Maps::adopt(kernel), seen: HashSet::new(), current: Snapshot::default() };
+    while let Some(update) = updates.recv().await {
+        match applier.apply(&update) {
+            Ok(()) => {
+                if applier.current.synced && !publish.borrow().synced {
+                    info!(resources = applier.current.mesh.len(), "in sync with the controller");
+                }
+                publish.send_replace(Arc::new(applier.current.clone()));
+                update.ack();
+            }
+            Err(error) => {
+                metrics.xds_rejected.inc();
+                warn!(r#type = update.type_url, %error, "update from the controller rejected; the last good state stays");
+                update.nack(error.to_string());
+            }
+        }
+    }
+}
+
+struct Applier {
+    maps: Maps,
+    seen: HashSet<&'static str>,
+    current: Snapshot,
+}
+
+impl Applier {
+    fn apply(&mut self, update: &Update) -> Result<(), ApplyError> {
+        let mut next = self.current.clone();
+        let mut touched = Vec::new();
+        match update.type_url {
+            type_url::MESH_CONFIG => {
+                for resource in &update.upserts {
+                    next.settings = Some(Arc::new(convert::mesh_settings(&resource.name, &resource.value)?));
+                }
+                if next.settings != self.current.settings {
+                    touched.extend(addresses(&next.mesh));
+                }
+            }
+            type_url::ADDRESS => {
+                let settings = next.settings.as_ref().ok_or(ApplyError::NoSettings)?;
+                let read = |r: &weft_xds::Resource| convert::entry(&r.name, &r.value, &settings.trust_domain);
+                let upserts = update.upserts.iter().map(read).collect::<Result<Vec<_>, _>>()?;
+                touched.extend(next.mesh.apply(upserts, update.removed.iter().map(|n| n.as_str().into())));
+            }
+            type_url::LOCAL_WORKLOAD => {
+                for resource in &update.upserts {
+                    let pod = convert::local_pod(&resource.name, &resource.value)?;
+                    next.local.insert(resource.name.as_str().into(), pod);
+                }
+                for name in &update.removed {
+                    next.local.remove(name.as_str());
+                }
+            }
+            other => return Err(ApplyError::UnknownType(other.to_owned())),
+        }
+        self.seen.insert(update.type_url);
+        let first_sync = !next.synced && TYPES.iter().all(|t| self.seen.contains(t));
+        next.synced |= first_sync;
+        self.maps.program(&next, touched)?;
+        if first_sync {
+            self.maps.forget_unwanted(&next)?;
+        }
+        self.current = next;
+        Ok(())
+    }
+}
+
+/// Every address that leads anywhere.
+fn addresses(mesh: &Mesh) -> Vec<IpAddr> {
+    let of = |entry: &weft_core::Entry| match entry {
+        weft_core::Entry::Workload(w) => w.addresses.clone(),
+        weft_core::Entry::Service(s) => s.addresses.clone(),
+    };
+    mesh.entries().flat_map(of).collect()
+}
+
+/// The kernel's maps and what this agent has put there.
+struct Maps {
+    kernel: Arc<Kernel>,
+    capture: HashMap<IpNet, Verdict>,
+    refused: HashSet<IpAddr>,
+    ranges: Option<Arc<MeshSettings>>,
+}
+
+impl Maps {
+    /// Starts from what a predecessor left, so that only differences are written.
+    fn adopt(kernel: Arc<Kernel>) -> Self {
+        let capture = kernel.capture_entries().unwrap_or_else(|error| {
+            warn!(%error, "reading the capture set that was left behind");
+            Vec::new()
+        });
+        let refused = kernel.refused_sources().unwrap_or_else(|error| {
+            warn!(%error, "reading the refused sources that were left behind");
+            Vec::new()
+        });
+        Self { kernel, capture: capture.into_iter().collect(), refused: refused.into_iter().collect(), ranges: None }
+    }
+
+    /// Brings the maps in line with `next` for the `touched` addresses. A failure leaves entries of both states, which
+    /// the next attempt repairs; refusals are added first, so in between nothing is let through that should not be.
+    fn program(&mut self, next: &Snapshot, touched: Vec<IpAddr>) -> Result<(), weft_kernel::Error> {
+        if next.settings != self.ranges {
+            let old = self.ranges.as_deref().map(ranges).unwrap_or_default();
+            let new = next.settings.as_deref().map(ranges).unwrap_or_default();
+            for (net, verdict) in &new {
+                self.set(*net, *verdict)?;
+            }
+            for net in old.keys().filter(|net| !new.contains_key(net)) {
+                self.clear(*net)?;
+            }
+            self.ranges = next.settings.clone();
+        }
+        for &ip in touched.iter().filter(|ip| is_refused(next, **ip)) {
+            if self.refused.insert(ip) {
+                self.kernel.refuse_source(ip)?;
+            }
+        }
+        for &ip in &touched {
+            match verdict(next, ip) {
+                Some(verdict) => self.set(ip.into(), verdict)?,
+                None => self.clear(ip.into())?,
+            }
+        }
+        for &ip in touched.iter().filter(|ip| !is_refused(next, **ip)) {
+            if self.refused.remove(&ip) {
+                self.kernel.allow_source(ip)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes what a predecessor left and nobody wants any more.
+    fn forget_unwanted(&mut self, next: &Snapshot) -> Result<(), weft_kernel::Error> {
+        let mut wanted = next.settings.as_deref().map(ranges).unwrap_or_default();
+        for ip in addresses(&next.mesh) {
+            if let Some(verdict) = verdict(next, ip) {
+                wanted.insert(ip.into(), verdict);
+            }
+        }
+        let stale: Vec<_> = self.capture.keys().filter(|net| !wanted.contains_key(net)).copied().collect();
+        for net in stale {
+            self.clear(net)?;
+        }
+        let stale: Vec<_> = self.refused.iter().filter(|ip| !is_refused(next, **ip)).copied().collect();
+        for ip in stale {
+            self.kernel.allow_source(ip)?;
+            self.refused.remove(&ip);
+        }
+        Ok(())
+    }
+
+    fn set(&mut self, net: IpNet, verdict: Verdict) -> Result<(), weft_kernel::Error> {
+        if self.capture.get(&net) != Some(&verdict) {
+            self.kernel.set_capture(net, verdict)?;
+            self.capture.insert(net, verdict);
+        }
+        Ok(())
+    }
+
+    fn clear(&mut self, net: IpNet) -> Result<(), weft_kernel::Error> {
+        if self.capture.contains_key(&net) && !self.ranges.as_deref().is_some_and(|r| ranges(r).contains_key(&net)) {
+            self.kernel.clear_capture(net)?;
+            self.capture.remove(&net);
+        }
+        Ok(())
+    }
+}
+
+/// The entries that hold for whole ranges.
+fn ranges(settings: &MeshSettings) -> HashMap<IpNet, Verdict> {
+    let captured = settings.captured.iter().map(|n| (n.trunc(), Verdict::Capture));
+    captured.chain(settings.external.iter().map(|n| (n.trunc(), Verdict::Exempt))).collect()
+}
+
+/// The entry that `ip` needs of its own, beside those of its range.
+fn verdict(next: &Snapshot, ip: IpAddr) -> Option<Verdict> {
+    match (next.mesh.kind(ip), next.in_range(ip)) {
+        (AddressKind::Unmeshed, true) => Some(Verdict::LetGo),
+        // Enrolled, but outside every captured range or in an exempt one: nothing in the clear, whatever the ranges say.
+        (AddressKind::Meshed | AddressKind::Enrolled, false) => Some(Verdict::Capture),
+        _ => None,
+    }
+}
+
+/// Whether plaintext from `ip` is refused: it is enrolled, or two workloads claim it and nobody can tell.
+fn is_refused(next: &Snapshot, ip: IpAddr) -> bool {
+    matches!(next.mesh.kind(ip), AddressKind::Enrolled | AddressKind::Meshed)
+}
