@@ -139,17 +139,3 @@ async fn secure(
         Flushed { io: io.clone(), work: handshake }.await.map_err(|e| OpenError::Http2(e.to_string()))?;
     Ok((requests, Flushed { io, work }))
 }
-
-/// What broke a tunnel, in terms of the peer where it was the peer's alert: in TLS 1.3 a server refuses a caller's
-/// certificate only after the caller's handshake is over.
-pub(crate) fn cause(e: h2::Error) -> OpenError {
-    let what = e.to_string();
-    let refused = e.into_io().and_then(|io| {
-        let inner = io.into_inner()?;
-        inner.downcast::<PeerRefused>().ok()
-    });
-    match refused {
-        Some(refused) => OpenError::Tls(*refused),
-        None => OpenError::Http2(what),
-    }
-}

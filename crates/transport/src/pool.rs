@@ -116,6 +116,11 @@ impl Tunnel {
         self.streams.get() < most.min(handle.current_max_send_streams())
     }
 
+    /// Why a stream failed: what broke the whole tunnel, if something did.
+    fn error(&self, e: &h2::Error) -> OpenError {
+        self.broke.borrow().clone().unwrap_or_else(|| OpenError::Http2(e.to_string()))
+    }
+
     fn is_open(&self) -> bool {
         self.requests.borrow().is_some()
     }
@@ -279,8 +284,10 @@ impl Pool {
             if peer.retired.get() || shared.strong_count() == 0 {
                 tunnel.drain();
             }
+            let io = driver.io.clone();
             if let Err(e) = driver.await {
-                let e = client::cause(e);
+                // In TLS 1.3 a server refuses a caller's certificate only after the caller's handshake is over.
+                let e = io.refused().map_or_else(|| OpenError::Http2(e.to_string()), OpenError::Tls);
                 tracing::debug!(to = %key.to, expected = %key.expected, reason = e.reason(), "tunnel broke: {e}");
                 tunnel.broke.replace(Some(e));
             }
@@ -304,11 +311,10 @@ impl Pool {
             // Streams beyond a GOAWAY's last, and refused ones, were not looked at (RFC 9113, 8.7).
             let unseen = e.reason() == Some(h2::Reason::REFUSED_STREAM)
                 || (e.is_go_away() && e.reason() == Some(h2::Reason::NO_ERROR));
-            let broke = lease.tunnel.broke.borrow().clone();
-            let error = broke.unwrap_or_else(|| client::cause(e));
+            let error = lease.tunnel.error(&e);
             if unseen { Attempt::Unseen(error) } else { Attempt::Final(error) }
         };
-        let mut handle = handle.ready().await.map_err(|e| Attempt::Unseen(client::cause(e)))?;
+        let mut handle = handle.ready().await.map_err(|e| Attempt::Unseen(lease.tunnel.error(&e)))?;
         let (answer, send) = handle.send_request(request, false).map_err(failed)?;
         drop(handle);
         let answer = answer.await.map_err(failed)?;
@@ -363,6 +369,13 @@ impl Pool {
                 }
             }
         });
+    }
+}
+
+/// Streams that are open go on; nothing else keeps a tunnel once its worker's pool is gone.
+impl Drop for Shared {
+    fn drop(&mut self) {
+        self.retire(|_| true);
     }
 }
 

@@ -340,13 +340,16 @@ impl Queue {
     }
 }
 
+/// Names the socket that failed.
+type Failed = fn(io::Error) -> RelayError;
+
 /// One direction between two sockets.
 async fn copy(
     mut from: ReadHalf<'_>,
     mut to: WriteHalf<'_>,
     counter: &AtomicU64,
     (ended, other_ended): (&Notify, &Notify),
-    (from_failed, to_failed): (fn(io::Error) -> RelayError, fn(io::Error) -> RelayError),
+    (from_failed, to_failed): (Failed, Failed),
 ) -> Result<(), RelayError> {
     loop {
         poll_fn(|cx| from.as_ref().poll_read_ready(cx)).await.map_err(from_failed)?;

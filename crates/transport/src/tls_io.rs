@@ -41,6 +41,8 @@ struct Inner {
     queued: usize,
     closing: bool,
     failed: Option<(io::ErrorKind, String)>,
+    /// What TLS itself found wrong; h2 keeps only the text of errors.
+    refused: Option<PeerRefused>,
 }
 
 struct Inbox {
@@ -54,8 +56,16 @@ impl TlsIo {
     pub async fn handshake(tcp: TcpStream, mut tls: Connection) -> Result<Self, PeerRefused> {
         // What waits to be sent is bounded by HIGH_WATER here.
         tls.set_buffer_limit(None);
-        let mut inner =
-            Inner { tcp, tls, inbox: None, gathered: Vec::new(), queued: 0, closing: false, failed: None };
+        let mut inner = Inner {
+            tcp,
+            tls,
+            inbox: None,
+            gathered: Vec::new(),
+            queued: 0,
+            closing: false,
+            failed: None,
+            refused: None,
+        };
         poll_fn(|cx| inner.poll_handshake(cx)).await?;
         Ok(Self(Rc::new(RefCell::new(inner))))
     }
@@ -63,6 +73,11 @@ impl TlsIo {
     /// Looks at the session, for instance at the peer's certificate.
     pub fn with_session<R>(&self, look: impl FnOnce(&rustls::CommonState) -> R) -> R {
         look(&self.0.borrow().tls)
+    }
+
+    /// What TLS found wrong after the handshake, for instance the peer's alert.
+    pub fn refused(&self) -> Option<PeerRefused> {
+        self.0.borrow().refused.clone()
     }
 
     /// Sends what is queued, as far as the socket takes it, and arranges to be woken for the rest.
@@ -116,7 +131,9 @@ impl Inner {
         if let Err(e) = self.tls.process_new_packets() {
             // The alert that tells the peer why.
             let _ = self.poll_drain(cx);
-            return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, PeerRefused::from(e))));
+            let refused = PeerRefused::from(e);
+            self.refused = Some(refused.clone());
+            return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, refused)));
         }
         Poll::Ready(Ok(true))
     }

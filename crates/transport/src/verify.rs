@@ -108,6 +108,14 @@ fn refusal(why: PeerRefused) -> Error {
     Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(why))))
 }
 
+/// Two meshes' roots bear the same name but not the same key; to webpki that is a bad signature.
+fn chain_error(e: Error) -> Error {
+    match e {
+        Error::InvalidCertificate(CertificateError::BadSignature) => CertificateError::UnknownIssuer.into(),
+        other => other,
+    }
+}
+
 /// The one identity in a certificate.
 pub(crate) fn identity_of(certificate: &CertificateDer<'_>) -> Result<SpiffeId, PeerRefused> {
     let unreadable =
@@ -160,7 +168,8 @@ impl ServerCertVerifier for ServerVerifier {
             intermediates,
             now,
             self.algorithms.all,
-        )?;
+        )
+        .map_err(chain_error)?;
         identity_of(end_entity).map_err(refusal)?;
         Ok(ServerCertVerified::assertion())
     }
@@ -207,7 +216,7 @@ impl ClientCertVerifier for CallerVerifier {
         intermediates: &[CertificateDer<'_>],
         now: UnixTime,
     ) -> Result<ClientCertVerified, Error> {
-        let verified = self.chain.verify_client_cert(end_entity, intermediates, now)?;
+        let verified = self.chain.verify_client_cert(end_entity, intermediates, now).map_err(chain_error)?;
         let caller = identity_of(end_entity).map_err(refusal)?;
         if *caller.trust_domain() != self.trust_domain {
             let (expected, actual) = (self.trust_domain.clone(), caller.trust_domain().clone());
