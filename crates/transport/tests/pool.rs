@@ -1,5 +1,7 @@
 //! The pool of tunnels: how many, when they are shared, and when they go.
 
+#![allow(clippy::unwrap_used, reason = "a test may")]
+
 mod common;
 
 use common::*;

@@ -1,5 +1,7 @@
 //! Who is refused, by which side, and with which reason.
 
+#![allow(clippy::unwrap_used, reason = "a test may")]
+
 mod common;
 
 use common::*;

@@ -1,5 +1,7 @@
 //! Streams stay streams: half-close, resets, bulk both ways, stalled readers.
 
+#![allow(clippy::unwrap_used, reason = "a test may")]
+
 mod common;
 
 use common::*;
