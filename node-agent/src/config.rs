@@ -92,7 +92,8 @@ impl Settings {
     pub fn resolve(self) -> anyhow::Result<Config> {
         let file = match &self.config {
             Some(path) => {
-                let text = std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
+                let text =
+                    std::fs::read_to_string(path).with_context(|| format!("reading {}", path.display()))?;
                 serde_yaml_ng::from_str(&text).with_context(|| format!("in {}", path.display()))?
             }
             None => Settings::default(),
@@ -112,7 +113,10 @@ impl Settings {
                 .admin_socket
                 .or(file.admin_socket)
                 .unwrap_or_else(|| "/run/weft/agent.sock".into()),
-            metrics_listen: self.metrics_listen.or(file.metrics_listen).unwrap_or(([0, 0, 0, 0], 15020).into()),
+            metrics_listen: self
+                .metrics_listen
+                .or(file.metrics_listen)
+                .unwrap_or(([0, 0, 0, 0], 15020).into()),
             ready_listen: self.ready_listen.or(file.ready_listen).unwrap_or(([0, 0, 0, 0], 15021).into()),
             drain_deadline: Duration::from_secs(self.drain_deadline.or(file.drain_deadline).unwrap_or(30)),
             workers: self.workers.or(file.workers).unwrap_or((cores / 2).max(1)),

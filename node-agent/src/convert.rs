@@ -92,7 +92,9 @@ fn workload(name: &str, w: wire::Workload, trust_domain: &TrustDomain) -> Result
     let tunnel = match w.tunnel_protocol() {
         wire::TunnelProtocol::Hbone => Tunnel::Hbone,
         wire::TunnelProtocol::None => Tunnel::None,
-        wire::TunnelProtocol::LegacyIstioMtls => return Err(invalid(name, "legacy Istio mTLS is not supported")),
+        wire::TunnelProtocol::LegacyIstioMtls => {
+            return Err(invalid(name, "legacy Istio mTLS is not supported"));
+        }
     };
     let host_network = w.network_mode() == wire::NetworkMode::HostNetwork;
     let healthy = w.status() == wire::WorkloadStatus::Healthy;
@@ -179,7 +181,10 @@ mod tests {
     #[test]
     fn refuses_what_it_cannot_understand() {
         assert!(read(pod(), "another").is_err(), "content under another name");
-        assert!(read(wire::Workload { addresses: vec![vec![1, 2, 3].into()], ..pod() }, "c//Pod/shop/web").is_err());
+        assert!(
+            read(wire::Workload { addresses: vec![vec![1, 2, 3].into()], ..pod() }, "c//Pod/shop/web")
+                .is_err()
+        );
         assert!(read(wire::Workload { tunnel_protocol: 2, ..pod() }, "c//Pod/shop/web").is_err());
         assert!(read(wire::Workload { trust_domain: "Bad/".into(), ..pod() }, "c//Pod/shop/web").is_err());
         let trust = TrustDomain::new("cluster.local").expect("valid");

@@ -109,7 +109,12 @@ impl Enroller {
         }
     }
 
-    async fn reconcile(&self, snapshot: &Snapshot, pods: &mut Pods, idle: &mpsc::UnboundedSender<Arc<PodHandle>>) {
+    async fn reconcile(
+        &self,
+        snapshot: &Snapshot,
+        pods: &mut Pods,
+        idle: &mpsc::UnboundedSender<Arc<PodHandle>>,
+    ) {
         self.release_unwanted(snapshot, pods, idle).await;
         self.enroll_wanted(snapshot, pods).await;
         self.follow_publication(snapshot, pods);
@@ -140,7 +145,8 @@ impl Enroller {
             let local = snapshot.local.get(&uid);
             let replaced = match local {
                 Some(local) => {
-                    !same_pod(&pod, snapshot.mesh.workload(&uid)) || (check && !same_netns(&pod, &local.netns))
+                    !same_pod(&pod, snapshot.mesh.workload(&uid))
+                        || (check && !same_netns(&pod, &local.netns))
                 }
                 None => true,
             };
@@ -226,10 +232,10 @@ impl Enroller {
                 }
                 Err(message) => {
                     self.metrics.enrollment_failures.inc();
-                    let retry =
-                        pods.failures.get(uid).map_or(FIRST_RETRY, |f| (f.retry * 2).min(LAST_RETRY));
+                    let retry = pods.failures.get(uid).map_or(FIRST_RETRY, |f| (f.retry * 2).min(LAST_RETRY));
                     warn!(uid = %uid, error = message, retry_in = ?retry, "pod not enrolled");
-                    pods.failures.insert(uid.clone(), Failure { message, next: Instant::now() + retry, retry });
+                    pods.failures
+                        .insert(uid.clone(), Failure { message, next: Instant::now() + retry, retry });
                 }
             }
         }
@@ -338,7 +344,8 @@ async fn drain(pods: Vec<Weak<PodHandle>>) {
 
 /// Whether the controller still means the same pod: same account, same addresses.
 fn same_pod(pod: &PodHandle, workload: Option<&Arc<Workload>>) -> bool {
-    let same = |w: &Arc<Workload>| w.identity == pod.workload.identity && w.addresses == pod.workload.addresses;
+    let same =
+        |w: &Arc<Workload>| w.identity == pod.workload.identity && w.addresses == pod.workload.addresses;
     workload.is_some_and(same)
 }
 
@@ -371,7 +378,10 @@ pub async fn report_upward(
         let retry = if nothing || !up {
             far()
         } else if let Err(status) = controller.report_enrollment(report).await {
-            warn!(error = status.message(), "the controller has not taken the enrolment report; trying again");
+            warn!(
+                error = status.message(),
+                "the controller has not taken the enrolment report; trying again"
+            );
             Instant::now() + Duration::from_millis(500)
         } else {
             far()

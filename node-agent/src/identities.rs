@@ -72,7 +72,11 @@ struct State {
 }
 
 /// Starts the task. `wanted` is the set of identities of enrolled pods.
-pub fn start(controller: Controller, wanted: watch::Receiver<BTreeSet<SpiffeId>>, metrics: Arc<Metrics>) -> Identities {
+pub fn start(
+    controller: Controller,
+    wanted: watch::Receiver<BTreeSet<SpiffeId>>,
+    metrics: Arc<Metrics>,
+) -> Identities {
     let (tx, rx) = watch::channel(Certificates::new());
     tokio::spawn(run(controller, wanted, metrics, tx));
     Identities(rx)
@@ -197,5 +201,6 @@ async fn request(controller: &Controller, id: &SpiffeId) -> Result<TlsIdentity, 
         certificates.extend(parse(pem)?);
     }
     let key = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
-    TlsIdentity::new(id.clone(), certificates, key, roots).map_err(|e| CertificateError::Answer(e.to_string()))
+    TlsIdentity::new(id.clone(), certificates, key, roots)
+        .map_err(|e| CertificateError::Answer(e.to_string()))
 }

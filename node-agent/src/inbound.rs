@@ -16,11 +16,17 @@ use crate::{
 };
 
 /// Serves one connection to the tunnel port.
-pub async fn tunnel(worker: Rc<Worker>, pod: Arc<PodHandle>, stream: TcpStream, from: SocketAddr) {
+pub async fn tunnel(
+    worker: Rc<Worker>,
+    pod: Arc<PodHandle>,
+    stream: TcpStream,
+    from: SocketAddr,
+    to: SocketAddr,
+) {
     let refused = |reason: &'static str, detail: String| {
-        let to = SocketAddr::new(from.ip(), TUNNEL_PORT);
-        Connection::new(worker.shared.metrics.clone(), Reporter::destination, from, to)
-            .refused(&Refusal { reason, detail });
+        let mut connection = Connection::new(worker.shared.metrics.clone(), Reporter::destination, from, to);
+        connection.destination = Party::workload(pod.workload.clone());
+        connection.refused(&Refusal { reason, detail });
     };
     let mut identities = worker.shared.identities.clone();
     let Some(tls) = identities.get(pod.identity(), worker.shared.config.hold_timeout).await else {
@@ -112,7 +118,13 @@ fn check(pod: &PodHandle, incoming: &Incoming) -> Result<SocketAddr, (u16, Refus
 }
 
 /// Serves a plaintext connection: let in unless its source is enrolled, and so would never send plaintext.
-pub async fn plain(worker: Rc<Worker>, pod: Arc<PodHandle>, stream: TcpStream, from: SocketAddr, to: SocketAddr) {
+pub async fn plain(
+    worker: Rc<Worker>,
+    pod: Arc<PodHandle>,
+    stream: TcpStream,
+    from: SocketAddr,
+    to: SocketAddr,
+) {
     let mut connection = Connection::new(worker.shared.metrics.clone(), Reporter::destination, from, to);
     connection.destination = Party::workload(pod.workload.clone());
     let decide = |snapshot: &Snapshot| match snapshot.mesh.kind(from.ip()) {
@@ -127,8 +139,10 @@ pub async fn plain(worker: Rc<Worker>, pod: Arc<PodHandle>, stream: TcpStream, f
         }
     };
     if matches!(kind, AddressKind::Enrolled | AddressKind::Meshed) && pod.phase() == Phase::Published {
-        return connection
-            .refused(&Refusal::new("plaintext_from_enrolled", "the caller is in the mesh and must use its tunnel"));
+        return connection.refused(&Refusal::new(
+            "plaintext_from_enrolled",
+            "the caller is in the mesh and must use its tunnel",
+        ));
     }
     // Whoever it says it is, nothing proves it: the workload is named, no principal is.
     connection.source = Party { workload: worker.snapshot().mesh.workload_at(from.ip()), principal: None };

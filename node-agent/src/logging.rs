@@ -12,7 +12,8 @@ static DROPPED: OnceLock<ErrorCounter> = OnceLock::new();
 
 /// Starts logging. Lines still queued are written when the guard is dropped.
 pub fn start(filter: &str, json: bool) -> anyhow::Result<WorkerGuard> {
-    let (writer, guard): (NonBlocking, _) = NonBlockingBuilder::default().lossy(true).finish(std::io::stderr());
+    let (writer, guard): (NonBlocking, _) =
+        NonBlockingBuilder::default().lossy(true).finish(std::io::stderr());
     let _ = DROPPED.set(writer.error_counter());
     let parsed = EnvFilter::try_new(filter).with_context(|| format!("log filter {filter:?}"))?;
     let (layer, handle) = reload::Layer::new(parsed);

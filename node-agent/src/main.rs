@@ -18,11 +18,7 @@ mod pod;
 mod state;
 mod worker;
 
-use std::{
-    collections::BTreeSet,
-    process::ExitCode,
-    sync::Arc,
-};
+use std::{collections::BTreeSet, process::ExitCode, sync::Arc};
 
 use anyhow::{Context, bail};
 use clap::{Parser, Subcommand};
@@ -82,7 +78,13 @@ struct KernelFlags {
 
 impl KernelFlags {
     fn options(self) -> Options {
-        Options { instance: self.instance, bpffs: self.bpffs, cgroup_root: None, object: None, debug_log: false }
+        Options {
+            instance: self.instance,
+            bpffs: self.bpffs,
+            cgroup_root: None,
+            object: None,
+            debug_log: false,
+        }
     }
 }
 
@@ -145,7 +147,6 @@ async fn serve(config: Arc<Config>, kernel: Arc<Kernel>) -> anyhow::Result<()> {
     let identities = identities::start(controller.clone(), wanted, metrics.clone());
     let workers = Workers::start(Shared {
         config: config.clone(),
-        kernel: kernel.clone(),
         metrics: metrics.clone(),
         snapshots: snapshots.clone(),
         identities: identities.clone(),
@@ -178,8 +179,14 @@ async fn serve(config: Arc<Config>, kernel: Arc<Kernel>) -> anyhow::Result<()> {
             warn!(%error, "the connection to the controller cannot be set up");
         }
     });
-    let views =
-        http::Views { metrics, snapshots, enrollment: enrollment.clone(), identities, connected, drain: drain.clone() };
+    let views = http::Views {
+        metrics,
+        snapshots,
+        enrollment: enrollment.clone(),
+        identities,
+        connected,
+        drain: drain.clone(),
+    };
     http::start(views, config.metrics_listen, config.ready_listen, &config.admin_socket)?;
 
     until_told_to_stop(draining).await?;

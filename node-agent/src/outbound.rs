@@ -18,12 +18,22 @@ use crate::{
 
 /// Where a connection goes.
 enum Route {
-    Workload { workload: Arc<Workload>, to: SocketAddr, service: Option<Arc<weft_core::Service>> },
+    Workload {
+        workload: Arc<Workload>,
+        to: SocketAddr,
+        service: Option<Arc<weft_core::Service>>,
+    },
     /// Outside every range of the mesh.
     Outside,
 }
 
-pub async fn serve(worker: Rc<Worker>, pod: Arc<PodHandle>, app: TcpStream, from: SocketAddr, to: SocketAddr) {
+pub async fn serve(
+    worker: Rc<Worker>,
+    pod: Arc<PodHandle>,
+    app: TcpStream,
+    from: SocketAddr,
+    to: SocketAddr,
+) {
     let mut connection = Connection::new(worker.shared.metrics.clone(), Reporter::source, from, to);
     connection.source = Party::workload(pod.workload.clone());
     if let Err(refusal) = forward(&worker, &pod, app, &mut connection).await {
@@ -69,7 +79,8 @@ async fn wait_for_publication(worker: &Worker, pod: &PodHandle) -> Result<(), Re
         return Ok(());
     }
     let mut phase = pod.phase.subscribe();
-    match tokio::time::timeout(worker.shared.config.hold_timeout, phase.wait_for(|p| *p != Phase::Hold)).await {
+    match tokio::time::timeout(worker.shared.config.hold_timeout, phase.wait_for(|p| *p != Phase::Hold)).await
+    {
         Ok(Ok(_)) => Ok(()),
         _ => Err(Refusal::new("not_published", "the controller has not announced this pod as a member yet")),
     }

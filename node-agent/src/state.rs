@@ -61,7 +61,8 @@ pub async fn run(
     mut updates: mpsc::Receiver<Update>,
     publish: watch::Sender<Arc<Snapshot>>,
 ) {
-    let mut applier = Applier { maps: Maps::adopt(kernel), seen: HashSet::new(), current: Snapshot::default() };
+    let mut applier =
+        Applier { maps: Maps::adopt(kernel), seen: HashSet::new(), current: Snapshot::default() };
     while let Some(update) = updates.recv().await {
         match applier.apply(&update) {
             Ok(()) => {
@@ -156,7 +157,12 @@ impl Maps {
             warn!(%error, "reading the refused sources that were left behind");
             Vec::new()
         });
-        Self { kernel, capture: capture.into_iter().collect(), refused: refused.into_iter().collect(), ranges: None }
+        Self {
+            kernel,
+            capture: capture.into_iter().collect(),
+            refused: refused.into_iter().collect(),
+            ranges: None,
+        }
     }
 
     /// Brings the maps in line with `next` for the `touched` addresses. A failure leaves entries of both states, which
@@ -221,7 +227,9 @@ impl Maps {
     }
 
     fn clear(&mut self, net: IpNet) -> Result<(), weft_kernel::Error> {
-        if self.capture.contains_key(&net) && !self.ranges.as_deref().is_some_and(|r| ranges(r).contains_key(&net)) {
+        if self.capture.contains_key(&net)
+            && !self.ranges.as_deref().is_some_and(|r| ranges(r).contains_key(&net))
+        {
             self.kernel.clear_capture(net)?;
             self.capture.remove(&net);
         }

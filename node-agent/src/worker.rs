@@ -23,7 +23,6 @@ use tokio::{
 };
 use tracing::{error, warn};
 use weft_core::TUNNEL_PORT;
-use weft_kernel::Kernel;
 use weft_transport::{Limits, Pool};
 
 use crate::{
@@ -44,7 +43,6 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 #[derive(Clone)]
 pub struct Shared {
     pub config: Arc<Config>,
-    pub kernel: Arc<Kernel>,
     pub metrics: Arc<Metrics>,
     pub snapshots: watch::Receiver<Arc<Snapshot>>,
     pub identities: Identities,
@@ -88,8 +86,7 @@ impl Workers {
                 // The first use of the random generator on a thread takes tens of milliseconds.
                 weft_transport::warm_up();
                 let pool = Pool::new(shared.limits.clone());
-                let worker =
-                    Rc::new(Worker { shared, pool, index, mailboxes, load: RefCell::default() });
+                let worker = Rc::new(Worker { shared, pool, index, mailboxes, load: RefCell::default() });
                 LocalSet::new().block_on(&runtime, worker.run(inbox));
             })?;
         }
@@ -170,7 +167,8 @@ impl Worker {
             let (stream, from) = match listener.accept().await {
                 Ok(accepted) => accepted,
                 Err(error) => {
-                    if !matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted) {
+                    if !matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted)
+                    {
                         warn!(uid = %pod.uid, %error, "accept");
                         tokio::time::sleep(ACCEPT_PAUSE).await;
                     }
@@ -229,13 +227,17 @@ impl Worker {
         };
         match (pod.owns(from.ip()), pod.owns(to.ip())) {
             (true, false) => outbound::serve(self, pod.clone(), stream, from, to).await,
-            (false, true) if to.port() == TUNNEL_PORT => inbound::tunnel(self, pod.clone(), stream, from).await,
+            (false, true) if to.port() == TUNNEL_PORT => {
+                inbound::tunnel(self, pod.clone(), stream, from, to).await
+            }
             (false, true) if to.port() != pod.kernel.listener_port() => {
                 inbound::plain(self, pod.clone(), stream, from, to).await;
             }
             _ => {
-                let connection = Connection::new(self.shared.metrics.clone(), Reporter::destination, from, to);
-                connection.refused(&Refusal::new("own_port", "nobody has business on the agent's own listener"));
+                let connection =
+                    Connection::new(self.shared.metrics.clone(), Reporter::destination, from, to);
+                connection
+                    .refused(&Refusal::new("own_port", "nobody has business on the agent's own listener"));
             }
         }
     }
