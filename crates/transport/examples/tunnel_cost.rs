@@ -32,9 +32,9 @@ fn main() -> Result<(), Failure> {
     let far = listen()?;
     let near = listen()?;
     let (direct, through, far_addr) = (app.local_addr()?, near.local_addr()?, far.local_addr()?);
-    thread(application(app));
-    thread(far_agent(far, server));
-    thread(near_agent(near, client, far_addr, direct));
+    thread(move || application(app));
+    thread(move || far_agent(far, server));
+    thread(move || near_agent(near, client, far_addr, direct));
 
     println!("{:<22} {:>12} {:>12} {:>7}", "", "plain", "tunnel", "ratio");
     for (name, mode, connections, unit) in [
@@ -87,10 +87,10 @@ fn listen() -> Result<StdListener, Failure> {
 }
 
 /// A worker: one thread, one runtime, one LocalSet.
-fn thread(work: impl Future<Output = Result<(), Failure>> + Send + 'static) {
+fn thread<F: Future<Output = Result<(), Failure>>>(work: impl FnOnce() -> F + Send + 'static) {
     std::thread::spawn(move || {
         warm_up();
-        if let Err(e) = block_on(work) {
+        if let Err(e) = block_on(work()) {
             eprintln!("{e}");
             std::process::exit(1);
         }

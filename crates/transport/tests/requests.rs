@@ -11,7 +11,8 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::client::TlsStream;
 use weft_transport::Limits;
 
-type Headers<'a> = &'a [(&'a [u8], &'a [u8])];
+type Header<'a> = (&'a [u8], &'a [u8]);
+type Headers<'a> = &'a [Header<'a>];
 
 /// HPACK: each header a literal without indexing (RFC 7541, 6.2.2).
 fn hpack(headers: Headers<'_>) -> Vec<u8> {
@@ -128,7 +129,7 @@ fn malformed_requests_get_their_answer_and_harm_nobody() {
         let bad = Answer::Headers(BAD_REQUEST);
         // What HTTP/2 itself calls malformed is a stream error (RFC 9113, 8.1.1); h2 answers those.
         let malformed = || Answer::Reset(PROTOCOL_ERROR);
-        let table: Vec<(&str, Vec<(&[u8], &[u8])>, Answer)> = vec![
+        let table: Vec<(&str, Vec<Header<'_>>, Answer)> = vec![
             ("good", vec![connect, authority(good)], Answer::Headers(OK)),
             ("mapped", vec![connect, authority(mapped.as_bytes())], Answer::Headers(OK)),
             ("host name", vec![connect, authority(b"web.shop.svc:80")], Answer::Headers(BAD_REQUEST)),
