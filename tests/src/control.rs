@@ -1,0 +1,107 @@
+//! The controller of a cluster as a process on a machine of its own.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+use crate::binaries::binary;
+use crate::http::get;
+use crate::manifest::Directory;
+use crate::place::Place;
+use crate::process::{Process, run_ok};
+use crate::topology::{POD_NETWORKS, SERVICE_NETWORKS};
+
+/// Port of xDS and the CA.
+const XDS_PORT: u16 = 15012;
+const READY_TIMEOUT: Duration = Duration::from_secs(30);
+
+/// `weft-control`, running or not.
+#[derive(Debug)]
+pub struct Controller {
+    place: Place,
+    directory: Directory,
+    process: Mutex<Option<Process>>,
+}
+
+impl Controller {
+    pub(crate) fn new(place: Place, directory: Directory) -> Controller {
+        Controller { place, directory, process: Mutex::new(None) }
+    }
+
+    /// Starts it and waits until it is ready.
+    pub fn start(&self) -> Result<()> {
+        let command = self.place.command(
+            &binary("weft-control")?,
+            [
+                "--directory",
+                &self.directory.path().to_string_lossy(),
+                "--state-dir",
+                &self.state_dir().to_string_lossy(),
+                "--listen",
+                &format!("0.0.0.0:{XDS_PORT}"),
+                "--pod-networks",
+                &POD_NETWORKS.join(","),
+                "--service-networks",
+                &SERVICE_NETWORKS.join(","),
+            ],
+        );
+        *self.slot() = Some(self.place.start_command("controller", command)?);
+        let ready = SocketAddr::from(([127, 0, 0, 1], 15021));
+        crate::poll::until(READY_TIMEOUT, "the controller is ready", || {
+            anyhow::ensure!(self.running()?, "the controller ended");
+            Ok(get(&self.place.connect(ready)?, "/readyz")?.status == 200)
+        })
+    }
+
+    /// SIGKILL.
+    pub fn kill(&self) -> Result<()> {
+        match self.slot().take() {
+            Some(mut process) => process.kill(),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether it runs.
+    pub fn running(&self) -> Result<bool> {
+        self.slot().as_mut().map_or(Ok(false), Process::running)
+    }
+
+    /// What it has written so far.
+    pub fn log(&self) -> Result<String> {
+        Ok(std::fs::read_to_string(self.place.dir().join("controller.log"))?)
+    }
+
+    /// A scrape of its metrics.
+    pub fn metrics(&self) -> Result<crate::metrics::Metrics> {
+        let address = SocketAddr::from(([127, 0, 0, 1], 15020));
+        crate::metrics::Metrics::parse(&get(&self.place.connect(address)?, "/metrics")?.body)
+    }
+
+    /// The directory with the root certificate (`root.pem`), its key (`root.key`), and who is enrolled.
+    pub fn state_dir(&self) -> PathBuf {
+        self.place.dir().join("state")
+    }
+
+    /// Where agents find it.
+    pub fn address(&self) -> SocketAddr {
+        self.place.at(XDS_PORT)
+    }
+
+    /// A join token for `node`.
+    pub fn token(&self, node: &str) -> Result<String> {
+        let command = self.place.command(
+            &binary("weft-control")?,
+            ["token", "--state-dir", &self.state_dir().to_string_lossy(), "--node", node],
+        );
+        let token =
+            run_ok(command, Duration::from_secs(10)).with_context(|| format!("join token for {node}"))?;
+        Ok(String::from_utf8(token)?)
+    }
+
+    fn slot(&self) -> std::sync::MutexGuard<'_, Option<Process>> {
+        self.process.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}

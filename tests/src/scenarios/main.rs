@@ -1,0 +1,52 @@
+//! `scenarios`: runs the stories of this directory against the real programs, each in a cluster of its own.
+#![allow(clippy::disallowed_methods, reason = "no async runtime runs on the threads of the scenarios")]
+
+mod bed;
+mod runner;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use runner::{Options, Scenario};
+
+/// Runs the scenarios whose name contains NAME, all without one. Needs root; leaves nothing behind.
+#[derive(Debug, Parser)]
+#[command(name = "scenarios")]
+struct Arguments {
+    /// Part of the name of the scenarios to run.
+    #[arg(default_value = "")]
+    name: String,
+    /// List the scenarios and what each is about.
+    #[arg(long)]
+    list: bool,
+    /// How many scenarios run at the same time.
+    #[arg(long, default_value_t = 2)]
+    jobs: usize,
+    /// Leave everything running in the end, and print how to look at it.
+    #[arg(long)]
+    keep: bool,
+}
+
+fn all() -> Vec<Scenario> {
+    [bed::SCENARIOS].concat()
+}
+
+fn main() -> ExitCode {
+    weft_testbed::helper::run_if_asked();
+    let arguments = Arguments::parse();
+    let chosen: Vec<_> =
+        all().into_iter().filter(|scenario| scenario.name.contains(&arguments.name)).collect();
+    if arguments.list {
+        for scenario in &chosen {
+            println!("{:40} {}", scenario.name, scenario.story);
+        }
+        return ExitCode::SUCCESS;
+    }
+    if chosen.is_empty() {
+        eprintln!("error: no scenario's name contains {:?}; --list shows them", arguments.name);
+        return ExitCode::FAILURE;
+    }
+    let options = Options { jobs: arguments.jobs.max(1), keep: arguments.keep };
+    weft_testbed::isolated(|| runner::run(&chosen, &options))
+}
