@@ -6,6 +6,7 @@
 
 use crate::maps::{self, OWN};
 use aya_ebpf::{
+    Global,
     bindings::bpf_sock,
     helpers::generated::{bpf_get_netns_cookie, bpf_set_retval, bpf_setsockopt},
     macros::cgroup_sock_addr,
@@ -24,6 +25,11 @@ const SO_MARK: i32 = 36;
 const EPERM: i32 = 1;
 const ENETUNREACH: i32 = 101;
 const ECONNREFUSED: i32 = 111;
+
+/// Set by the loader where the kernel has bpf_set_retval (5.18). A constant, so that elsewhere the verifier never
+/// sees the call; connect then says EPERM.
+#[unsafe(no_mangle)]
+static HAS_SET_RETVAL: Global<u8> = Global::new(0);
 
 /// Reads one word of a context field. Volatile, so that the compiler neither merges nor narrows loads, which the
 /// verifier refuses for context fields.
@@ -135,8 +141,10 @@ fn set_mark(ctx: &SockAddrContext, mark: u32) -> bool {
 #[inline(always)]
 fn refuse(ctx: &SockAddrContext, destination: &Address, counter: Counter, errno: i32) -> i32 {
     maps::count(counter);
-    // SAFETY: only sets what connect(2) returns.
-    unsafe { bpf_set_retval(-errno) };
+    if HAS_SET_RETVAL.load() != 0 {
+        // SAFETY: only sets what connect(2) returns.
+        unsafe { bpf_set_retval(-errno) };
+    }
     info!(ctx, "refused connection to {:i}, errno {}", destination.octets(), errno);
     REFUSE
 }

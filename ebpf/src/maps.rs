@@ -43,7 +43,8 @@ pub fn verdict(destination: Address) -> u32 {
     // Our own key type, not aya's packed one, whose bytes would be copied one by one.
     let key = LpmKey::lookup(CaptureKey::tcp(destination));
     // SAFETY: map and key have the types that the map was declared with; the helper copies the key.
-    let value = unsafe { bpf_map_lookup_elem((&raw const CAPTURE).cast_mut().cast(), (&raw const key).cast()) };
+    let value =
+        unsafe { bpf_map_lookup_elem((&raw const CAPTURE).cast_mut().cast(), (&raw const key).cast()) };
     // SAFETY: not null, so it points to a value of this map, a u32.
     if value.is_null() { 0 } else { unsafe { value.cast::<u32>().read() } }
 }
@@ -59,7 +60,8 @@ pub fn is_refused_source(address: &Address) -> bool {
 #[inline(always)]
 pub fn slot_is_filled(slot: u32) -> bool {
     // SAFETY: map and key have the declared types.
-    let listener = unsafe { bpf_map_lookup_elem((&raw const SLOTS).cast_mut().cast(), (&raw const slot).cast()) };
+    let listener =
+        unsafe { bpf_map_lookup_elem((&raw const SLOTS).cast_mut().cast(), (&raw const slot).cast()) };
     if listener.is_null() {
         return false;
     }
@@ -72,7 +74,8 @@ pub fn slot_is_filled(slot: u32) -> bool {
 #[inline(always)]
 pub fn assign(ctx: &SkLookupContext, slot: u32) -> bool {
     // SAFETY: map and key have the declared types.
-    let listener = unsafe { bpf_map_lookup_elem((&raw const SLOTS).cast_mut().cast(), (&raw const slot).cast()) };
+    let listener =
+        unsafe { bpf_map_lookup_elem((&raw const SLOTS).cast_mut().cast(), (&raw const slot).cast()) };
     if listener.is_null() {
         return false;
     }

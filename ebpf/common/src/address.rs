@@ -146,7 +146,11 @@ mod tests {
             ("2001:db8::1", false, false, false),
         ] {
             let a = address(text);
-            assert_eq!((a.is_v4(), a.is_unspecified(), a.is_loopback()), (v4, unspecified, loopback), "{text}");
+            assert_eq!(
+                (a.is_v4(), a.is_unspecified(), a.is_loopback()),
+                (v4, unspecified, loopback),
+                "{text}"
+            );
         }
     }
 }

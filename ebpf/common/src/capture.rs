@@ -80,6 +80,16 @@ impl LpmKey {
         Some(LpmKey { bits, key: CaptureKey { head: [TCP, family, 0, 0], address: network.into() } })
     }
 
+    /// Length in bits and data, as aya's own key type wants them.
+    pub const fn into_parts(self) -> (u32, CaptureKey) {
+        (self.bits, self.key)
+    }
+
+    /// The reverse of [`LpmKey::into_parts`].
+    pub const fn from_parts(bits: u32, key: CaptureKey) -> LpmKey {
+        LpmKey { bits, key }
+    }
+
     /// Back to network and prefix length; `None` for an entry that is not for TCP or not well-formed.
     pub fn as_tcp_network(&self) -> Option<(IpAddr, u8)> {
         let (head, octets) = (self.key.head, self.key.address.octets());

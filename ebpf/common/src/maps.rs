@@ -23,7 +23,13 @@ pub struct MapShape {
     pub max_entries: u32,
 }
 
-const fn shape(name: &'static str, map_type: MapType, key: usize, value: usize, max_entries: u32) -> MapShape {
+const fn shape(
+    name: &'static str,
+    map_type: MapType,
+    key: usize,
+    value: usize,
+    max_entries: u32,
+) -> MapShape {
     MapShape { name, map_type, key_size: key as u32, value_size: value as u32, max_entries }
 }
 

@@ -85,7 +85,11 @@ mod tests {
         let pod = PodEntry::new(7, true, own, Address::UNSPECIFIED);
         assert!(pod.owns(&own) && !pod.owns(&other));
         assert!(pod.has_family_of(&other) && !pod.has_family_of(&v6));
-        assert!(pod.on_hold() && !pod.with_hold(false).on_hold() && pod.with_hold(false).with_hold(true).on_hold());
+        assert!(
+            pod.on_hold()
+                && !pod.with_hold(false).on_hold()
+                && pod.with_hold(false).with_hold(true).on_hold()
+        );
         assert_eq!(pod.slot(), 7);
     }
 }

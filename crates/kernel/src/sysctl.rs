@@ -1,0 +1,32 @@
+//! The settings that a captured pod's network namespace needs. They stay when the pod leaves the mesh: they change
+//! nothing for packets without a mark, and what they were before is not known any more.
+
+use crate::{Error, Netns};
+use std::{fs, io, path::Path};
+
+/// Sets all of them. Cheap if they are set.
+pub fn apply(netns: &Netns, with_v6: bool) -> Result<(), Error> {
+    netns
+        .run(|| {
+            // A connection accepted from a marked SYN answers with that mark, and so through lo.
+            set("ipv4/tcp_fwmark_accept", |_| 1)?;
+            // So do resets: without this, a closed port on the agent's leg to the application is a time-out.
+            set("ipv4/fwmark_reflect", |_| 1)?;
+            if with_v6 {
+                set("ipv6/fwmark_reflect", |_| 1)?;
+            }
+            // The client bit of TCP Fast Open: a cached cookie would put payload into a SYN that is then refused.
+            set("ipv4/tcp_fastopen", |value| value & !1)
+        })?
+        .map_err(|(name, error)| Error::io(format!("net/{name} could not be set in the pod"))(error))
+}
+
+/// Writes only what differs, so that a read-only /proc/sys does where nothing is to be changed.
+fn set(name: &'static str, change: impl FnOnce(i64) -> i64) -> Result<(), (&'static str, io::Error)> {
+    // /proc/sys/net shows the namespace of the thread that opens the file.
+    let path = Path::new("/proc/sys/net").join(name);
+    let text = fs::read_to_string(&path).map_err(|error| (name, error))?;
+    let value = text.trim().parse().map_err(|_| (name, io::ErrorKind::InvalidData.into()))?;
+    let wanted = change(value);
+    if wanted == value { Ok(()) } else { fs::write(&path, wanted.to_string()).map_err(|error| (name, error)) }
+}
