@@ -5,7 +5,6 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
-    net::IpAddr,
     path::Path,
     sync::{Arc, Weak},
     time::Duration,
@@ -118,14 +117,31 @@ impl Enroller {
         self.release_unwanted(snapshot, pods, idle).await;
         self.enroll_wanted(snapshot, pods).await;
         self.follow_publication(snapshot, pods);
-        if !pods.stale_removed {
-            let keep: HashSet<u64> = pods.enrolled.values().map(|p| p.kernel.cookie()).collect();
-            match self.blocking(move |kernel| kernel.remove_stale(&keep)).await {
+        // Not while a wanted pod is missing: what is pinned for it keeps it from talking in the clear.
+        if !pods.stale_removed && pods.failures.is_empty() {
+            match self.remove_stale(snapshot, pods).await {
                 Ok(()) => pods.stale_removed = true,
                 Err(error) => warn!(%error, "removing what a predecessor left of pods that are gone"),
             }
         }
         self.tell(pods);
+    }
+
+    /// Frees pods that lost their label, and forgets those that ceased to exist, while no agent was there.
+    async fn remove_stale(&self, snapshot: &Snapshot, pods: &Pods) -> Result<(), weft_kernel::Error> {
+        let keep: HashSet<u64> = pods.enrolled.values().map(|p| p.kernel.cookie()).collect();
+        let unwanted = snapshot.local.values().filter(|l| !l.enroll && !l.netns.as_os_str().is_empty());
+        let unwanted: Vec<_> = unwanted.map(|l| l.netns.clone()).collect();
+        self.blocking(move |kernel| {
+            let pinned: HashSet<u64> = kernel.pods()?.iter().map(|p| p.cookie).collect();
+            for netns in unwanted.iter().filter_map(|path| Netns::open(path).ok()) {
+                if pinned.contains(&netns.cookie()) {
+                    kernel.release(&netns)?;
+                }
+            }
+            kernel.remove_stale(&keep).map(drop)
+        })
+        .await
     }
 
     /// Pods whose label or existence is gone.
@@ -245,11 +261,7 @@ impl Enroller {
         if netns.as_os_str().is_empty() {
             return Err("its network namespace is not known: no annotation weft.dev/netns".into());
         }
-        let find = |v4: bool| workload.addresses.iter().copied().find(|a| a.is_ipv4() == v4);
-        let addresses = PodAddresses {
-            v4: find(true).and_then(|a| if let IpAddr::V4(a) = a { Some(a) } else { None }),
-            v6: find(false).and_then(|a| if let IpAddr::V6(a) = a { Some(a) } else { None }),
-        };
+        let addresses = PodAddresses::from_ips(workload.addresses.iter().copied());
         let path = netns.to_owned();
         let claimed = workload.addresses.clone();
         let enrolled = self.blocking(move |kernel| {

@@ -175,11 +175,7 @@ impl Collector for Sampled {
                 None,
                 captured.metric_type(),
             )?;
-            for (reason, n) in [
-                ("no_agent", counters.refused_no_agent),
-                ("bound_device", counters.refused_bound_device),
-                ("plaintext_from_enrolled", counters.refused_plaintext),
-            ] {
+            for (reason, n) in counters.refusals() {
                 counter(n).encode(family.encode_family(&ReasonLabels { reason })?)?;
             }
         }

@@ -63,11 +63,7 @@ impl PodHandle {
     }
 
     pub fn owns(&self, ip: IpAddr) -> bool {
-        let addresses = self.kernel.addresses();
-        match ip {
-            IpAddr::V4(ip) => addresses.v4 == Some(ip),
-            IpAddr::V6(ip) => addresses.v6 == Some(ip),
-        }
+        self.kernel.addresses().contains(ip)
     }
 
     pub fn phase(&self) -> Phase {
