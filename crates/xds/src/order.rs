@@ -1,0 +1,29 @@
+//! The order of types on a stream. The client asks in it and the server answers in it.
+
+use weft_proto::type_url;
+
+/// Sort key of a type: addresses first, a node's own workloads last, the rest between.
+///
+/// A node's own workloads make its agent install capture. By then it must know the addresses of the same snapshot, or
+/// it would hold connections to peers it could have been told about, and the mesh's settings, which say what to
+/// capture.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct TypeKey {
+    rank: u8,
+    url: String,
+}
+
+impl TypeKey {
+    pub(crate) fn new(url: &str) -> TypeKey {
+        let rank = match url {
+            type_url::ADDRESS => 0,
+            type_url::LOCAL_WORKLOAD => 2,
+            _ => 1,
+        };
+        TypeKey { rank, url: url.to_owned() }
+    }
+
+    pub(crate) fn url(&self) -> &str {
+        &self.url
+    }
+}

@@ -1,0 +1,275 @@
+//! The server's streams: each is a state machine of its own that ends with its connection, pulls from the latest
+//! snapshot when the client can take more, and so costs other streams nothing however slow its client is.
+
+use std::collections::BTreeMap;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use futures_util::{Stream, stream};
+use prost_types::Any;
+use tokio::sync::watch;
+use tonic::metadata::MetadataMap;
+use tonic::{Request, Response, Status, Streaming};
+use tracing::{debug, info, warn};
+use weft_proto::discovery::aggregated_discovery_service_server::{
+    AggregatedDiscoveryService, AggregatedDiscoveryServiceServer,
+};
+use weft_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource};
+
+use crate::order::TypeKey;
+use crate::subscription::{Answer, Next, Subscription};
+use crate::{KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MAX_REQUEST_BYTES, MAX_RESPONSE_BYTES, Snapshot};
+
+/// Types one stream may ask for. Weft has a handful; a peer could make up any number.
+const MAX_TYPES: usize = 32;
+/// Resources one stream may ask for by name, per type.
+const MAX_NAMES: usize = 1 << 20;
+
+/// Name of a node, as its token proves it.
+pub type NodeName = String;
+
+/// Says which node is calling, from the metadata of the call (`authorization`), or refuses it. Run for every stream.
+pub type Authenticate = Arc<dyn Fn(&MetadataMap) -> Result<NodeName, Status> + Send + Sync>;
+
+/// The gRPC service to add to a tonic router.
+pub type Service = AggregatedDiscoveryServiceServer<Server>;
+
+/// A delta ADS server for whatever snapshots it is given.
+pub struct Server {
+    snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
+    authenticate: Authenticate,
+    stats: Arc<Stats>,
+}
+
+/// What the server counts, for the controller's metrics.
+#[derive(Debug, Default)]
+pub struct Stats {
+    streams: AtomicU64,
+    responses: AtomicU64,
+    acks: AtomicU64,
+    nacks: AtomicU64,
+    refused: AtomicU64,
+}
+
+impl Stats {
+    /// Streams open now.
+    pub fn streams(&self) -> u64 {
+        self.streams.load(Ordering::Relaxed)
+    }
+
+    /// Responses sent.
+    pub fn responses(&self) -> u64 {
+        self.responses.load(Ordering::Relaxed)
+    }
+
+    /// Responses accepted by their client.
+    pub fn acks(&self) -> u64 {
+        self.acks.load(Ordering::Relaxed)
+    }
+
+    /// Responses rejected by their client.
+    pub fn nacks(&self) -> u64 {
+        self.nacks.load(Ordering::Relaxed)
+    }
+
+    /// Streams refused because the caller could not prove who it is.
+    pub fn refused(&self) -> u64 {
+        self.refused.load(Ordering::Relaxed)
+    }
+}
+
+impl Server {
+    /// Serves the latest snapshot of `snapshots`. While there is none, streams are held and nothing is answered. When
+    /// the sender is dropped all streams end with `UNAVAILABLE`.
+    pub fn new(snapshots: watch::Receiver<Option<Arc<Snapshot>>>, authenticate: Authenticate) -> Server {
+        Server { snapshots, authenticate, stats: Arc::default() }
+    }
+
+    /// Counters that live as long as the server.
+    pub fn stats(&self) -> Arc<Stats> {
+        self.stats.clone()
+    }
+
+    /// The service, with its message limits. Put it behind a server made by [`with_keepalive`].
+    pub fn into_service(self) -> Service {
+        AggregatedDiscoveryServiceServer::new(self)
+            .max_decoding_message_size(MAX_REQUEST_BYTES)
+            .max_encoding_message_size(MAX_RESPONSE_BYTES)
+    }
+}
+
+/// A tonic server that notices a client which vanished without a word.
+pub fn with_keepalive(server: tonic::transport::Server) -> tonic::transport::Server {
+    server
+        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+        .tcp_nodelay(true)
+}
+
+#[tonic::async_trait]
+impl AggregatedDiscoveryService for Server {
+    type DeltaAggregatedResourcesStream =
+        Pin<Box<dyn Stream<Item = Result<DeltaDiscoveryResponse, Status>> + Send>>;
+
+    async fn delta_aggregated_resources(
+        &self,
+        request: Request<Streaming<DeltaDiscoveryRequest>>,
+    ) -> Result<Response<Self::DeltaAggregatedResourcesStream>, Status> {
+        let node = (self.authenticate)(request.metadata()).inspect_err(|status| {
+            self.stats.refused.fetch_add(1, Ordering::Relaxed);
+            warn!(peer = ?request.remote_addr(), reason = status.message(), "refused an xDS stream");
+        })?;
+        info!(node, peer = ?request.remote_addr(), "xDS stream opened");
+        self.stats.streams.fetch_add(1, Ordering::Relaxed);
+        let client = Client {
+            node,
+            requests: request.into_inner(),
+            snapshots: self.snapshots.clone(),
+            snapshot: None,
+            types: BTreeMap::new(),
+            nonce: 0,
+            ended: false,
+            stats: self.stats.clone(),
+        };
+        let responses =
+            stream::unfold(client, |mut client| async { client.next().await.map(|item| (item, client)) });
+        Ok(Response::new(Box::pin(responses)))
+    }
+}
+
+/// One stream.
+struct Client {
+    node: NodeName,
+    requests: Streaming<DeltaDiscoveryRequest>,
+    snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
+    /// The latest there was. Once there is one it never becomes none again.
+    snapshot: Option<Arc<Snapshot>>,
+    types: BTreeMap<TypeKey, Subscription>,
+    nonce: u64,
+    ended: bool,
+    stats: Arc<Stats>,
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        self.stats.streams.fetch_sub(1, Ordering::Relaxed);
+        info!(node = self.node, "xDS stream ended");
+    }
+}
+
+impl Client {
+    /// The next response, made when the connection has room for it, so from the latest snapshot.
+    async fn next(&mut self) -> Option<Result<DeltaDiscoveryResponse, Status>> {
+        if self.ended {
+            return None;
+        }
+        loop {
+            if let Some(latest) = &*self.snapshots.borrow_and_update() {
+                self.snapshot = Some(latest.clone());
+            }
+            if let Some(response) = self.respond() {
+                self.stats.responses.fetch_add(1, Ordering::Relaxed);
+                return Some(Ok(response));
+            }
+            let outcome = tokio::select! {
+                request = self.requests.message() => match request {
+                    Ok(Some(request)) => self.receive(request),
+                    Ok(None) => return None,
+                    Err(status) => Err(status),
+                },
+                changed = self.snapshots.changed() => {
+                    changed.map_err(|_| Status::unavailable("the controller is shutting down"))
+                }
+            };
+            if let Err(status) = outcome {
+                debug!(node = self.node, %status, "xDS stream ends");
+                self.ended = true;
+                return Some(Err(status));
+            }
+        }
+    }
+
+    fn receive(&mut self, request: DeltaDiscoveryRequest) -> Result<(), Status> {
+        if request.type_url.is_empty() {
+            return Err(Status::invalid_argument("a request without a type URL"));
+        }
+        let named = request.resource_names_subscribe.iter().chain(&request.resource_names_unsubscribe);
+        if named.chain(request.initial_resource_versions.keys()).any(|name| name.is_empty()) {
+            return Err(Status::invalid_argument("a resource without a name"));
+        }
+        let key = TypeKey::new(&request.type_url);
+        let Some(subscription) = self.types.get_mut(&key) else {
+            if self.types.len() == MAX_TYPES {
+                return Err(Status::resource_exhausted(format!("more than {MAX_TYPES} types on one stream")));
+            }
+            debug!(
+                node = self.node,
+                kind = key.url(),
+                kept = request.initial_resource_versions.len(),
+                "subscribed"
+            );
+            let subscription = Subscription::new(request);
+            check_names(&subscription)?;
+            self.types.insert(key, subscription);
+            return Ok(());
+        };
+        match subscription.update(request) {
+            Answer::None => {}
+            Answer::Ack => {
+                self.stats.acks.fetch_add(1, Ordering::Relaxed);
+            }
+            Answer::Nack(why) => {
+                self.stats.nacks.fetch_add(1, Ordering::Relaxed);
+                warn!(node = self.node, kind = key.url(), ?why, "the client rejected an update");
+            }
+        }
+        check_names(subscription)
+    }
+
+    /// The first type in order that has something to send. Types after one that must wait for an answer wait with it,
+    /// else a later type could get ahead of an earlier one of the same snapshot.
+    fn respond(&mut self) -> Option<DeltaDiscoveryResponse> {
+        let snapshot = self.snapshot.as_ref()?;
+        let nonce = (self.nonce + 1).to_string();
+        for (key, subscription) in &mut self.types {
+            let type_url = key.url();
+            match subscription.advance(&snapshot.view(&self.node, type_url), &nonce) {
+                Next::Idle => {}
+                Next::Blocked => return None,
+                Next::Send { upserts, removed } => {
+                    debug!(
+                        node = self.node,
+                        kind = type_url,
+                        snapshot = snapshot.version,
+                        upserts = upserts.len(),
+                        removed = removed.len(),
+                        "sending"
+                    );
+                    self.nonce += 1;
+                    let resources = upserts.into_iter().map(|(name, version, value)| Resource {
+                        version: version.as_str().to_owned(),
+                        resource: Some(Any { type_url: type_url.to_owned(), value: value.into() }),
+                        name,
+                        aliases: Vec::new(),
+                    });
+                    return Some(DeltaDiscoveryResponse {
+                        system_version_info: snapshot.version.to_string(),
+                        resources: resources.collect(),
+                        type_url: type_url.to_owned(),
+                        nonce,
+                        removed_resources: removed,
+                    });
+                }
+            }
+        }
+        None
+    }
+}
+
+fn check_names(subscription: &Subscription) -> Result<(), Status> {
+    if subscription.names() > MAX_NAMES {
+        return Err(Status::resource_exhausted(format!("more than {MAX_NAMES} names of one type")));
+    }
+    Ok(())
+}

@@ -1,0 +1,140 @@
+//! What the client hands to its consumer, and the checks a response passes before that.
+
+use std::collections::HashSet;
+
+use bytes::Bytes;
+use tokio::sync::oneshot;
+use weft_proto::discovery::DeltaDiscoveryResponse;
+
+use crate::Version;
+
+/// One resource as the server sent it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Resource {
+    /// Name, unique within the type.
+    pub name: String,
+    /// Version of the content.
+    pub version: Version,
+    /// The encoded message of the update's type.
+    pub value: Bytes,
+}
+
+/// All that changed of one type, to be applied as a whole and then answered with [`Update::ack`] or [`Update::nack`].
+/// The next update of whatever type comes only after that. Dropped unanswered, it counts as rejected.
+#[derive(Debug)]
+pub struct Update {
+    /// One of the types the client was configured with.
+    pub type_url: &'static str,
+    /// New or changed.
+    pub upserts: Vec<Resource>,
+    /// Names of what is gone. They need not be known to the consumer.
+    pub removed: Vec<String>,
+    /// No update of this type was accepted before: with this one applied, the type is in sync. It is sent even where
+    /// there is no resource at all.
+    pub first: bool,
+    answer: oneshot::Sender<Result<(), String>>,
+}
+
+impl Update {
+    /// Applied: the client remembers it, also over reconnects, and tells the server.
+    pub fn ack(self) {
+        // Nobody to tell any more means the client itself was stopped.
+        let _ = self.answer.send(Ok(()));
+    }
+
+    /// Rejected as a whole: the client goes on as if it had never come, and the server sends it again, with what is
+    /// new, when something of this type changes.
+    pub fn nack(self, why: String) {
+        let _ = self.answer.send(Err(why));
+    }
+}
+
+/// A response that passed the checks.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Change {
+    pub upserts: Vec<Resource>,
+    pub removed: Vec<String>,
+}
+
+impl Change {
+    pub(crate) fn into_update(
+        self,
+        type_url: &'static str,
+        first: bool,
+    ) -> (Update, oneshot::Receiver<Result<(), String>>) {
+        let (answer, answered) = oneshot::channel();
+        let Change { upserts, removed } = self;
+        (Update { type_url, upserts, removed, first, answer }, answered)
+    }
+}
+
+/// Checks what a consumer should not have to: every resource has a name and content of the right type, and no name
+/// comes twice. The error is for the NACK.
+pub(crate) fn check(response: DeltaDiscoveryResponse) -> Result<Change, String> {
+    let mut names = HashSet::with_capacity(response.resources.len() + response.removed_resources.len());
+    for name in response.resources.iter().map(|resource| &resource.name).chain(&response.removed_resources) {
+        if name.is_empty() {
+            return Err("a resource without a name".to_owned());
+        }
+        if !names.insert(name.as_str()) {
+            return Err(format!("resource {name:?} twice in one response"));
+        }
+    }
+    drop(names);
+    let type_url = response.type_url;
+    let upserts = response.resources.into_iter().map(|resource| match resource.resource {
+        Some(any) if any.type_url == type_url => {
+            Ok(Resource { name: resource.name, version: resource.version.into(), value: any.value.into() })
+        }
+        Some(any) => Err(format!("resource {:?} is of type {:?}", resource.name, any.type_url)),
+        None => Err(format!("resource {:?} has no content", resource.name)),
+    });
+    Ok(Change { upserts: upserts.collect::<Result<_, _>>()?, removed: response.removed_resources })
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use prost_types::Any;
+    use weft_proto::discovery;
+
+    use super::*;
+
+    fn wire(name: &str, content: Option<(&str, &str)>) -> discovery::Resource {
+        discovery::Resource {
+            name: name.to_owned(),
+            version: "v".to_owned(),
+            resource: content.map(|(kind, value)| Any { type_url: kind.to_owned(), value: value.into() }),
+            aliases: Vec::new(),
+        }
+    }
+
+    fn checked(resources: Vec<discovery::Resource>, removed: &[&str]) -> Result<Change, String> {
+        check(DeltaDiscoveryResponse {
+            type_url: "t".to_owned(),
+            resources,
+            removed_resources: removed.iter().map(|name| (*name).to_owned()).collect(),
+            ..Default::default()
+        })
+    }
+
+    #[test]
+    fn malformed_responses_are_refused_with_words() {
+        let good = || wire("a", Some(("t", "x")));
+        for (resources, removed, why) in [
+            (vec![wire("", Some(("t", "x")))], vec![], "without a name"),
+            (vec![], vec![""], "without a name"),
+            (vec![good(), good()], vec![], "twice"),
+            (vec![good()], vec!["a"], "twice"),
+            (vec![], vec!["b", "b"], "twice"),
+            (vec![wire("a", None)], vec![], "no content"),
+            (vec![wire("a", Some(("other", "x")))], vec![], "of type \"other\""),
+        ] {
+            let error = checked(resources, &removed).unwrap_err();
+            assert!(error.contains(why), "{error}");
+        }
+        let change = checked(vec![good()], &["b"]).unwrap();
+        assert_eq!(change.upserts[0].value, "x");
+        assert_eq!(change.removed, ["b"]);
+    }
+}
