@@ -33,6 +33,7 @@ pub struct Limits {
     /// Time between keepalive probes.
     pub keepalive_interval: Duration,
     /// Bytes read from an application at once: it starts at `.0`, grows to `.1` while reads fill it, and shrinks again.
+    /// Each becomes one DATA frame; with the frame's header of 9 bytes the defaults fill TLS records exactly.
     pub copy_chunk: (usize, usize),
 }
 
@@ -52,7 +53,7 @@ impl Default for Limits {
             tcp_user_timeout: Duration::from_secs(20),
             keepalive_time: Duration::from_secs(15),
             keepalive_interval: Duration::from_secs(5),
-            copy_chunk: (16 << 10, 256 << 10),
+            copy_chunk: ((16 << 10) - 9, (128 << 10) - 9),
         }
     }
 }

@@ -23,6 +23,10 @@ const HIGH_WATER: usize = 256 << 10;
 /// Pieces smaller than this are gathered into one record; larger ones are encrypted where they are.
 const GATHER: usize = 4 << 10;
 
+/// Plaintext handed to h2 in one turn. After that the streams' tasks get theirs written and their windows opened again,
+/// while the sender works on: a whole window at a time would make the two ends take turns.
+const TURN: usize = 256 << 10;
+
 /// The plaintext of one TLS record (RFC 8446, 5.1).
 const RECORD: usize = 16 << 10;
 
@@ -40,6 +44,8 @@ struct Inner {
     /// About how much ciphertext waits in rustls.
     queued: usize,
     closing: bool,
+    /// Bytes left to read in this turn.
+    turn: usize,
     failed: Option<(io::ErrorKind, String)>,
     /// What TLS itself found wrong; h2 keeps only the text of errors.
     refused: Option<PeerRefused>,
@@ -63,6 +69,7 @@ impl TlsIo {
             gathered: Vec::new(),
             queued: 0,
             closing: false,
+            turn: TURN,
             failed: None,
             refused: None,
         };
@@ -80,9 +87,10 @@ impl TlsIo {
         self.0.borrow().refused.clone()
     }
 
-    /// Sends what is queued, as far as the socket takes it, and arranges to be woken for the rest.
+    /// Ends a turn: sends what is queued, as far as the socket takes it, and arranges to be woken for the rest.
     pub fn flush(&self, cx: &mut Context<'_>) {
         let inner = &mut *self.0.borrow_mut();
+        inner.turn = TURN;
         if let Poll::Ready(Err(e)) = inner.poll_drain(cx) {
             // h2 learns of it from its next read or write.
             inner.fail(&e);
@@ -231,6 +239,10 @@ impl Write for Socket<'_, '_, '_> {
 impl AsyncRead for TlsIo {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, out: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let inner = &mut *self.0.borrow_mut();
+        if inner.turn == 0 {
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
         let before = out.filled().len();
         loop {
             let mut reader = inner.tls.reader();
@@ -241,7 +253,8 @@ impl AsyncRead for TlsIo {
                     let n = plain.len().min(out.remaining());
                     out.put_slice(&plain[..n]);
                     reader.consume(n);
-                    if out.remaining() == 0 {
+                    inner.turn = inner.turn.saturating_sub(n);
+                    if out.remaining() == 0 || inner.turn == 0 {
                         return Poll::Ready(Ok(()));
                     }
                 }
