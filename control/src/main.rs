@@ -1,1 +1,70 @@
-fn main() {}
+//! `weft-control`: reads Kubernetes objects, translates them for agents, and issues certificates.
+//!
+//! A table of contents. Objects come from a [`source`], the [`controller`] keeps them in the [`store`] with who is
+//! enrolled ([`enrollment`]), [`translate`] makes of them what agents are sent, [`snapshot`] encodes it, and [`grpc`]
+//! serves it on one TLS port ([`tls`]) to callers that [`auth`] knows, beside the certificate authority ([`ca`]).
+#![forbid(unsafe_code)]
+
+mod auth;
+mod ca;
+mod config;
+mod controller;
+mod enrollment;
+mod grpc;
+mod http;
+mod metrics;
+mod root;
+mod server;
+mod snapshot;
+mod source;
+mod state_dir;
+mod store;
+mod tls;
+mod translate;
+
+use std::time::SystemTime;
+
+use anyhow::Context;
+use clap::Parser;
+use tokio::signal::unix::{SignalKind, signal};
+use tracing_subscriber::EnvFilter;
+
+use crate::{
+    auth::TokenKey,
+    config::{Cli, Command, Config, TokenArgs},
+    server::Server,
+    state_dir::StateDir,
+};
+
+fn main() -> anyhow::Result<()> {
+    let mut cli = Cli::parse();
+    match cli.command.take() {
+        Some(Command::Token(args)) => print_token(&args),
+        None => serve(cli.config()?),
+    }
+}
+
+fn print_token(args: &TokenArgs) -> anyhow::Result<()> {
+    let key = TokenKey::load_or_create(&StateDir::open(&args.state_dir)?)?;
+    println!("{}", key.issue(&args.node, args.ttl, SystemTime::now())?);
+    Ok(())
+}
+
+fn serve(config: Config) -> anyhow::Result<()> {
+    let filter = EnvFilter::try_new(&config.log).with_context(|| format!("--log {:?}", config.log))?;
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+    tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(async {
+        // Before anything takes time, so that a signal during the start is not lost.
+        let mut terminate = signal(SignalKind::terminate())?;
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let server = Server::start(config).await?;
+        server
+            .run(async move {
+                tokio::select! {
+                    _ = terminate.recv() => tracing::info!("SIGTERM: shutting down"),
+                    _ = interrupt.recv() => tracing::info!("interrupted: shutting down"),
+                }
+            })
+            .await
+    })
+}

@@ -1,0 +1,330 @@
+//! The controller's settings: flags, environment and a file, in this order of precedence, read once and validated.
+//! Defaults are declared here and nowhere else.
+
+use std::{
+    fs,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use clap::{Args, Parser, Subcommand};
+use ipnet::IpNet;
+use serde::Deserialize;
+use weft_api::field::is_dns_subdomain;
+use weft_core::TrustDomain;
+
+use crate::translate::MeshSettings;
+
+const EXAMPLES: &str = "\
+Examples:
+  Configure the mesh from a directory of manifests:
+    weft-control --directory /etc/weft/manifests --state-dir /var/lib/weft \\
+        --pod-networks 10.1.0.0/16,fd00:1::/64 --service-networks 10.96.0.0/12
+
+  Make a join token for the agent of node-1; the agent trusts the root beside it:
+    weft-control token --state-dir /var/lib/weft --node node-1 > node-1.token
+    cp /var/lib/weft/root.pem control-ca.pem
+
+Every flag can also be set in the environment (WEFT_POD_NETWORKS=...) or in the --config file (pod-networks: [...]).
+A flag wins over the environment, and that over the file.";
+
+/// The controller of the Weft service mesh: reads Kubernetes objects, tells agents what is where, and issues
+/// certificates.
+#[derive(Debug, Parser)]
+#[command(name = "weft-control", version, after_help = EXAMPLES, args_conflicts_with_subcommands = true)]
+pub struct Cli {
+    #[command(subcommand)]
+    pub command: Option<Command>,
+    /// YAML file with any of these settings, under the names of their flags.
+    #[arg(long, env = "WEFT_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    flags: Flags,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Print a join token with which an agent proves that it is its node's.
+    Token(TokenArgs),
+}
+
+#[derive(Debug, Args)]
+pub struct TokenArgs {
+    /// The controller's state directory, which holds the key that signs tokens.
+    #[arg(long, env = "WEFT_STATE_DIR", value_name = "DIR")]
+    pub state_dir: PathBuf,
+    /// The node the token is for.
+    #[arg(long, value_name = "NAME")]
+    pub node: String,
+    /// How long the token is valid: a number and s, m, h or d.
+    #[arg(long, default_value = "8760h", value_parser = parse_duration, value_name = "DURATION")]
+    pub ttl: Duration,
+}
+
+/// Every setting, each of which may be missing at one level and given at another.
+#[derive(Debug, Default, Args, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields, default)]
+struct Flags {
+    /// Directory of Kubernetes manifests (*.yaml, *.yml, *.json) to read and watch.
+    #[arg(long, env = "WEFT_DIRECTORY", value_name = "DIR")]
+    directory: Option<PathBuf>,
+    /// Directory for keys and what must survive a restart; made if missing, and refused if others can read it.
+    #[arg(long, env = "WEFT_STATE_DIR", value_name = "DIR")]
+    state_dir: Option<PathBuf>,
+    /// Address of the port for agents: xDS, certificates and reports, over TLS. [default: 0.0.0.0:15012]
+    #[arg(long, env = "WEFT_LISTEN", value_name = "ADDRESS")]
+    listen: Option<SocketAddr>,
+    /// Address of /metrics. [default: 0.0.0.0:15020]
+    #[arg(long, env = "WEFT_METRICS_LISTEN", value_name = "ADDRESS")]
+    metrics_listen: Option<SocketAddr>,
+    /// Address of /readyz and /livez. [default: 0.0.0.0:15021]
+    #[arg(long, env = "WEFT_READY_LISTEN", value_name = "ADDRESS")]
+    ready_listen: Option<SocketAddr>,
+    /// Ranges of pod addresses: TCP from enrolled pods to them is captured.
+    #[arg(long, env = "WEFT_POD_NETWORKS", value_delimiter = ',', value_name = "CIDR,...")]
+    pod_networks: Option<Vec<String>>,
+    /// Ranges of Service addresses: TCP from enrolled pods to them is captured.
+    #[arg(long, env = "WEFT_SERVICE_NETWORKS", value_delimiter = ',', value_name = "CIDR,...")]
+    service_networks: Option<Vec<String>>,
+    /// Ranges that are never captured, even inside the others.
+    #[arg(long, env = "WEFT_EXTERNAL_NETWORKS", value_delimiter = ',', value_name = "CIDR,...")]
+    external_networks: Option<Vec<String>>,
+    /// Trust domain of the identities issued. [default: cluster.local]
+    #[arg(long, env = "WEFT_TRUST_DOMAIN", value_name = "NAME")]
+    trust_domain: Option<String>,
+    /// Name of the cluster in workloads' uids. [default: Kubernetes]
+    #[arg(long, env = "WEFT_CLUSTER_ID", value_name = "NAME")]
+    cluster_id: Option<String>,
+    /// DNS domain of Services. [default: cluster.local]
+    #[arg(long, env = "WEFT_CLUSTER_DOMAIN", value_name = "DOMAIN")]
+    cluster_domain: Option<String>,
+    /// What to log, such as `info` or `warn,ca=debug`. [default: info]
+    #[arg(long, env = "WEFT_LOG", value_name = "FILTER")]
+    log: Option<String>,
+}
+
+/// The settings in force.
+#[derive(Debug, Clone)]
+pub struct Config {
+    pub directory: PathBuf,
+    pub state_dir: PathBuf,
+    pub listen: SocketAddr,
+    pub metrics_listen: SocketAddr,
+    pub ready_listen: SocketAddr,
+    pub log: String,
+    pub mesh: MeshSettings,
+}
+
+/// Why the settings are no good.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    #[error("{path}: {why}")]
+    File { path: PathBuf, why: String },
+    #[error("{flag} is missing: {hint}")]
+    Missing { flag: &'static str, hint: &'static str },
+    #[error("{flag}: {why}")]
+    Invalid { flag: &'static str, why: String },
+}
+
+impl Cli {
+    /// The settings of all levels as one, validated.
+    pub fn config(self) -> Result<Config, ConfigError> {
+        let file = match &self.config {
+            Some(path) => read_file(path)?,
+            None => Flags::default(),
+        };
+        self.flags.or(file).validate()
+    }
+}
+
+fn read_file(path: &Path) -> Result<Flags, ConfigError> {
+    let error = |why: String| ConfigError::File { path: path.to_owned(), why };
+    let text = fs::read_to_string(path).map_err(|e| error(e.to_string()))?;
+    serde_yaml_ng::from_str::<Option<Flags>>(&text)
+        .map(Option::unwrap_or_default)
+        .map_err(|e| error(e.to_string()))
+}
+
+impl Flags {
+    fn or(self, other: Flags) -> Flags {
+        Flags {
+            directory: self.directory.or(other.directory),
+            state_dir: self.state_dir.or(other.state_dir),
+            listen: self.listen.or(other.listen),
+            metrics_listen: self.metrics_listen.or(other.metrics_listen),
+            ready_listen: self.ready_listen.or(other.ready_listen),
+            pod_networks: self.pod_networks.or(other.pod_networks),
+            service_networks: self.service_networks.or(other.service_networks),
+            external_networks: self.external_networks.or(other.external_networks),
+            trust_domain: self.trust_domain.or(other.trust_domain),
+            cluster_id: self.cluster_id.or(other.cluster_id),
+            cluster_domain: self.cluster_domain.or(other.cluster_domain),
+            log: self.log.or(other.log),
+        }
+    }
+
+    fn validate(self) -> Result<Config, ConfigError> {
+        const NETWORKS: &str = "what is in none of these ranges is not captured, so they have no default";
+        let missing = |flag, hint| ConfigError::Missing { flag, hint };
+        let invalid = |flag, why: String| ConfigError::Invalid { flag, why };
+        let text = |value: Option<String>, default: &str| value.unwrap_or_else(|| default.to_owned());
+
+        let trust_domain = TrustDomain::new(&text(self.trust_domain, "cluster.local"))
+            .map_err(|e| invalid("--trust-domain", e.to_string()))?;
+        let cluster_id = text(self.cluster_id, "Kubernetes");
+        if cluster_id.is_empty()
+            || !cluster_id.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
+        {
+            return Err(invalid(
+                "--cluster-id",
+                format!("{cluster_id:?} is no name: letters, digits, '-', '_' and '.'"),
+            ));
+        }
+        let cluster_domain = text(self.cluster_domain, "cluster.local");
+        if !is_dns_subdomain(&cluster_domain) {
+            return Err(invalid("--cluster-domain", format!("{cluster_domain:?} is no DNS domain")));
+        }
+        let mesh = MeshSettings {
+            trust_domain,
+            cluster_id,
+            cluster_domain,
+            pod_networks: networks("--pod-networks", self.pod_networks)?
+                .ok_or(missing("--pod-networks", NETWORKS))?,
+            service_networks: networks("--service-networks", self.service_networks)?
+                .ok_or(missing("--service-networks", NETWORKS))?,
+            external_networks: networks("--external-networks", self.external_networks)?.unwrap_or_default(),
+            netns_annotations: true,
+        };
+        let port =
+            |address: Option<SocketAddr>, port| address.unwrap_or(SocketAddr::from(([0, 0, 0, 0], port)));
+        Ok(Config {
+            directory: self.directory.ok_or(missing("--directory", "the directory of manifests to read"))?,
+            state_dir: self
+                .state_dir
+                .ok_or(missing("--state-dir", "where keys are kept, such as /var/lib/weft"))?,
+            listen: port(self.listen, 15012),
+            metrics_listen: port(self.metrics_listen, 15020),
+            ready_listen: port(self.ready_listen, 15021),
+            log: text(self.log, "info"),
+            mesh,
+        })
+    }
+}
+
+/// Reads ranges; None if none is given.
+fn networks(flag: &'static str, texts: Option<Vec<String>>) -> Result<Option<Vec<IpNet>>, ConfigError> {
+    let mut networks = Vec::new();
+    for text in texts.unwrap_or_default() {
+        let text = text.trim();
+        if text.is_empty() {
+            continue;
+        }
+        let invalid = |why: String| ConfigError::Invalid { flag, why };
+        let network: IpNet = text
+            .parse()
+            .map_err(|_| invalid(format!("{text:?} is no range of addresses such as 10.1.0.0/16")))?;
+        if network != network.trunc() {
+            return Err(invalid(format!(
+                "{text} has bits set behind its prefix; did you mean {}?",
+                network.trunc()
+            )));
+        }
+        networks.push(network);
+    }
+    Ok((!networks.is_empty()).then_some(networks))
+}
+
+fn parse_duration(text: &str) -> Result<Duration, String> {
+    let unit = text.chars().last().ok_or("is empty")?;
+    let seconds = match unit {
+        's' => 1,
+        'm' => 60,
+        'h' => 3600,
+        'd' => 86400,
+        _ => return Err("give a number and a unit of s, m, h or d, such as 8760h".to_owned()),
+    };
+    let number: u64 = text[..text.len() - 1].parse().map_err(|_| format!("{text:?} has no whole number"))?;
+    number.checked_mul(seconds).map(Duration::from_secs).ok_or_else(|| format!("{text:?} is too long"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    const NEEDED: [&str; 8] = [
+        "--directory",
+        "/d",
+        "--state-dir",
+        "/s",
+        "--pod-networks",
+        "10.1.0.0/16,fd00::/64",
+        "--service-networks",
+        "10.2.0.0/16",
+    ];
+
+    fn config(args: &[&str]) -> Result<Config, String> {
+        let cli = Cli::try_parse_from([&["weft-control"], args].concat()).map_err(|e| e.to_string())?;
+        cli.config().map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn defaults_and_flags() {
+        let config = config(&NEEDED).unwrap();
+        assert_eq!(config.listen.port(), 15012);
+        assert_eq!(config.mesh.pod_networks.len(), 2);
+        assert_eq!(config.mesh.trust_domain.as_str(), "cluster.local");
+    }
+
+    #[test]
+    fn the_file_gives_what_flags_do_not() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        writeln!(
+            file,
+            "directory: /f\ncluster-id: one\nlisten: 127.0.0.1:1\nexternal-networks: [192.0.2.0/24]"
+        )
+        .unwrap();
+        let path = file.path().to_str().unwrap();
+        let config = config(&[&NEEDED[..], &["--config", path, "--listen", "127.0.0.1:2"]].concat()).unwrap();
+        assert_eq!(config.directory, Path::new("/d"));
+        assert_eq!(config.mesh.cluster_id, "one");
+        assert_eq!(config.listen.port(), 2);
+        assert_eq!(config.mesh.external_networks.len(), 1);
+    }
+
+    #[test]
+    fn errors_say_what_to_do() {
+        for (args, words) in [
+            (&["--pod-networks", "10.1.0.1/16"][..], "did you mean 10.1.0.0/16?"),
+            (&["--pod-networks", "ten"], "such as 10.1.0.0/16"),
+            (&["--trust-domain", "A"], "trust domain"),
+            (&["--cluster-id", "a/b"], "--cluster-id"),
+            (&["--cluster-domain", "a b"], "--cluster-domain"),
+            (&["--config", "/does/not/exist"], "/does/not/exist"),
+        ] {
+            let needed = NEEDED.chunks(2).filter(|pair| pair[0] != args[0]).flatten().copied();
+            let error = config(&needed.chain(args.iter().copied()).collect::<Vec<_>>()).unwrap_err();
+            assert!(error.contains(words), "{args:?}: {error}");
+        }
+        for flag in ["--directory", "--state-dir", "--pod-networks", "--service-networks"] {
+            let args = NEEDED.chunks(2).filter(|pair| pair[0] != flag).flatten().copied().collect::<Vec<_>>();
+            assert!(config(&args).unwrap_err().starts_with(flag));
+        }
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        writeln!(file, "pod-network: [10.0.0.0/8]").unwrap();
+        let path = file.path().to_str().unwrap();
+        let error = config(&[&NEEDED[..], &["--config", path]].concat()).unwrap_err();
+        assert!(error.contains("unknown field `pod-network`"), "{error}");
+    }
+
+    #[test]
+    fn durations() {
+        assert_eq!(parse_duration("8760h"), Ok(Duration::from_secs(8760 * 3600)));
+        assert_eq!(parse_duration("90s"), Ok(Duration::from_secs(90)));
+        for bad in ["", "1", "h", "-1h", "1.5h", "1y", "99999999999999999999d", "é"] {
+            assert!(parse_duration(bad).is_err(), "{bad}");
+        }
+    }
+}

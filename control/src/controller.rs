@@ -1,0 +1,177 @@
+//! The one owner of the store and of who is enrolled. Changes of objects and reports of agents come to it in one queue,
+//! and each is taken in, written down and published before the next: so there is one history of states, and every
+//! agent sees a prefix of it. Runs on a thread of its own, since translation computes and writing down waits for the disk.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Instant,
+};
+
+use tokio::sync::{mpsc, oneshot, watch};
+use weft_xds::Snapshot;
+
+use crate::{
+    enrollment::Enrollment,
+    metrics::{KindLabel, Metrics, NodeLabel},
+    snapshot::Builder,
+    source::Delta,
+    store::Store,
+    translate::{self, Identities, MeshSettings},
+};
+
+/// What the controller takes in.
+#[derive(Debug)]
+pub enum Input {
+    Objects(Delta),
+    Report(Report),
+}
+
+/// What an agent says of the pods of its node.
+#[derive(Debug)]
+pub struct Report {
+    /// As its token proves it.
+    pub node: String,
+    /// Workload uids.
+    pub enrolled: BTreeSet<String>,
+    /// Workload uid to what went wrong.
+    pub failures: BTreeMap<String, String>,
+    /// Told when the report is written down and published, or why it is not.
+    pub done: oneshot::Sender<Result<(), String>>,
+}
+
+/// What everybody else works on. None until the first state is there.
+#[derive(Debug, Clone)]
+pub struct Published {
+    pub snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
+    pub identities: watch::Receiver<Option<Arc<Identities>>>,
+}
+
+pub struct Controller {
+    settings: MeshSettings,
+    store: Store,
+    enrollment: Enrollment,
+    builder: Builder,
+    /// As last said, to say each once.
+    problems: BTreeMap<String, String>,
+    failures: BTreeMap<String, BTreeMap<String, String>>,
+    snapshots: watch::Sender<Option<Arc<Snapshot>>>,
+    identities: watch::Sender<Option<Arc<Identities>>>,
+    metrics: Metrics,
+}
+
+impl Controller {
+    pub fn new(settings: MeshSettings, enrollment: Enrollment, metrics: Metrics) -> (Self, Published) {
+        let (snapshots, snapshots_receiver) = watch::channel(None);
+        let (identities, identities_receiver) = watch::channel(None);
+        let controller = Self {
+            settings,
+            store: Store::default(),
+            enrollment,
+            builder: Builder::default(),
+            problems: BTreeMap::new(),
+            failures: BTreeMap::new(),
+            snapshots,
+            identities,
+            metrics,
+        };
+        (controller, Published { snapshots: snapshots_receiver, identities: identities_receiver })
+    }
+
+    /// Whether pods are enrolled from an earlier run.
+    pub fn remembers_pods(&self) -> bool {
+        !self.enrollment.enrolled().is_empty()
+    }
+
+    /// Takes in what comes until every sender is gone.
+    pub fn run(mut self, mut inputs: mpsc::Receiver<Input>) {
+        while let Some(input) = inputs.blocking_recv() {
+            match input {
+                Input::Objects(delta) => self.objects(delta),
+                Input::Report(report) => self.report(report),
+            }
+        }
+    }
+
+    /// Applies a change of objects and publishes what follows.
+    pub fn objects(&mut self, delta: Delta) {
+        self.store.apply(delta);
+        let desired = translate::desired(&self.store, &self.settings);
+        self.enrollment.retain(&desired);
+        self.metrics.pods_desired.set(desired.len() as i64);
+        for (kind, count) in self.store.counts() {
+            self.metrics.objects.get_or_create(&KindLabel { kind: kind.as_str() }).set(count as i64);
+        }
+        let identities = Arc::new(translate::identities(&self.store, &self.settings));
+        self.identities.send_replace(Some(identities));
+        self.publish();
+    }
+
+    fn report(&mut self, report: Report) {
+        let Report { node, enrolled, failures, done } = report;
+        let result = self.take_report(&node, &enrolled, failures);
+        if let Err(why) = &result {
+            tracing::error!(target: "enrollment", node, "a report is not in force: {why}");
+        }
+        // The agent may have hung up; it reports again then.
+        let _ = done.send(result);
+    }
+
+    fn take_report(
+        &mut self,
+        node: &str,
+        enrolled: &BTreeSet<String>,
+        failures: BTreeMap<String, String>,
+    ) -> Result<(), String> {
+        if self.snapshots.borrow().is_none() {
+            // Taking it in now would find none of its pods, and the agent would not repeat it.
+            return Err("the controller has not read its objects yet".to_owned());
+        }
+        self.note_failures(node, failures);
+        let desired = translate::desired(&self.store, &self.settings);
+        if self.enrollment.report(node, enrolled, &desired).map_err(|error| error.to_string())? {
+            self.publish();
+        }
+        Ok(())
+    }
+
+    fn note_failures(&mut self, node: &str, failures: BTreeMap<String, String>) {
+        let known = self.failures.entry(node.to_owned()).or_default();
+        for (uid, message) in failures.iter().filter(|(uid, message)| known.get(*uid) != Some(message)) {
+            tracing::warn!(target: "enrollment", node, uid, "the agent cannot enrol a pod: {message}");
+        }
+        let count = failures.len() as i64;
+        self.metrics.enrollment_failures.get_or_create(&NodeLabel { node: node.to_owned() }).set(count);
+        *known = failures;
+    }
+
+    fn publish(&mut self) {
+        let started = Instant::now();
+        let mut translation = translate::translate(&self.store, self.enrollment.enrolled(), &self.settings);
+        self.say(std::mem::take(&mut translation.problems));
+        self.metrics.pods_enrolled.set(self.enrollment.enrolled().len() as i64);
+        if let Some(snapshot) = self.builder.build(translation) {
+            tracing::info!(
+                target: "controller",
+                version = snapshot.version, took = ?started.elapsed(),
+                enrolled = self.enrollment.enrolled().len(), "published a state"
+            );
+            self.metrics.snapshots.inc();
+            self.snapshots.send_replace(Some(Arc::new(snapshot)));
+        }
+        self.metrics.set_ready();
+    }
+
+    fn say(&mut self, problems: BTreeMap<String, String>) {
+        for (subject, problem) in
+            problems.iter().filter(|(subject, problem)| self.problems.get(*subject) != Some(problem))
+        {
+            tracing::warn!(target: "controller", "{subject}: {problem}");
+        }
+        self.metrics.translation_problems.set(problems.len() as i64);
+        self.problems = problems;
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,148 @@
+//! What the controller counts, for `/metrics`.
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicBool, Ordering},
+};
+
+use prometheus_client::{
+    collector::Collector,
+    encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric, text::encode},
+    metrics::{
+        counter::{ConstCounter, Counter},
+        family::Family,
+        gauge::{ConstGauge, Gauge},
+    },
+    registry::Registry,
+};
+use weft_xds::Stats;
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct Reason {
+    pub reason: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct KindLabel {
+    pub kind: &'static str,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct NodeLabel {
+    pub node: String,
+}
+
+/// Cheap to clone: every clone counts into the same numbers.
+#[derive(Debug, Clone, Default)]
+pub struct Metrics {
+    pub certificates_issued: Counter,
+    pub certificates_refused: Family<Reason, Counter>,
+    pub authentication_refused: Family<Reason, Counter>,
+    pub tls_failed: Counter,
+    pub objects: Family<KindLabel, Gauge>,
+    /// Files and objects of the directory whose present version is not in force.
+    pub source_complaints: Gauge,
+    pub translation_problems: Gauge,
+    pub pods_desired: Gauge,
+    pub pods_enrolled: Gauge,
+    pub enrollment_failures: Family<NodeLabel, Gauge>,
+    pub snapshots: Counter,
+    ready: Arc<AtomicBool>,
+}
+
+impl Metrics {
+    pub fn refused_certificate(&self, reason: &'static str) {
+        self.certificates_refused.get_or_create(&Reason { reason }).inc();
+    }
+
+    pub fn refused_caller(&self, reason: &'static str) {
+        self.authentication_refused.get_or_create(&Reason { reason }).inc();
+    }
+
+    /// Ready: the first state is served.
+    pub fn set_ready(&self) {
+        self.ready.store(true, Ordering::Relaxed);
+    }
+
+    pub fn is_ready(&self) -> bool {
+        self.ready.load(Ordering::Relaxed)
+    }
+
+    /// The registry with all of it, and what the xDS server counts itself.
+    pub fn registry(&self, xds: Arc<Stats>) -> Registry {
+        let mut registry = Registry::with_prefix("weft_control");
+        let m = self;
+        registry.register(
+            "certificates_issued",
+            "Certificates issued to workloads",
+            m.certificates_issued.clone(),
+        );
+        registry.register(
+            "certificates_refused",
+            "Requests for certificates refused",
+            m.certificates_refused.clone(),
+        );
+        registry.register(
+            "authentication_refused",
+            "Calls refused because the caller's token proved nothing",
+            m.authentication_refused.clone(),
+        );
+        registry.register("tls_handshakes_failed", "TLS handshakes that failed", m.tls_failed.clone());
+        registry.register("objects", "Objects in force", m.objects.clone());
+        registry.register(
+            "source_complaints",
+            "Manifests and objects whose present version is not in force",
+            m.source_complaints.clone(),
+        );
+        registry.register(
+            "translation_problems",
+            "Objects that need a person's attention",
+            m.translation_problems.clone(),
+        );
+        registry.register("pods_desired", "Pods that labels want in the mesh", m.pods_desired.clone());
+        registry.register("pods_enrolled", "Pods announced as reachable by tunnel", m.pods_enrolled.clone());
+        registry.register(
+            "enrollment_failures",
+            "Pods an agent could not enrol, as of its last report",
+            m.enrollment_failures.clone(),
+        );
+        registry.register("snapshots", "States published", m.snapshots.clone());
+        registry.register_collector(Box::new(XdsStats(xds)));
+        registry
+    }
+}
+
+/// The numbers that the xDS server keeps.
+#[derive(Debug)]
+struct XdsStats(Arc<Stats>);
+
+impl Collector for XdsStats {
+    fn encode(&self, mut encoder: DescriptorEncoder) -> Result<(), std::fmt::Error> {
+        let stats = &self.0;
+        let gauge = ConstGauge::new(i64::try_from(stats.streams()).unwrap_or(i64::MAX));
+        gauge.encode(encoder.encode_descriptor(
+            "xds_streams",
+            "xDS streams open",
+            None,
+            gauge.metric_type(),
+        )?)?;
+        for (name, help, value) in [
+            ("xds_responses", "xDS responses sent", stats.responses()),
+            ("xds_acks", "xDS responses accepted by their client", stats.acks()),
+            ("xds_nacks", "xDS responses rejected by their client", stats.nacks()),
+        ] {
+            let counter = ConstCounter::new(value);
+            counter.encode(encoder.encode_descriptor(name, help, None, counter.metric_type())?)?;
+        }
+        Ok(())
+    }
+}
+
+/// The registry in the text format of OpenMetrics.
+pub fn text(registry: &Registry) -> String {
+    let mut text = String::new();
+    if let Err(error) = encode(&mut text, registry) {
+        tracing::error!("cannot encode metrics: {error}");
+    }
+    text
+}

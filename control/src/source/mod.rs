@@ -1,0 +1,23 @@
+//! Where objects come from. A source reads them, keeps them valid, and sends what changed; what they mean is decided
+//! in `translate`. Today there is one source, a directory of manifests.
+
+pub mod directory;
+pub mod files;
+pub mod manifest;
+pub mod watch;
+
+use weft_api::{Object, ObjectKey};
+
+/// What changed between two states of a source, to be applied as a whole. The first one a source sends is its whole
+/// content.
+#[derive(Debug, Default, PartialEq)]
+pub struct Delta {
+    pub upserts: Vec<Object>,
+    pub deletes: Vec<ObjectKey>,
+}
+
+impl Delta {
+    pub fn is_empty(&self) -> bool {
+        self.upserts.is_empty() && self.deletes.is_empty()
+    }
+}
