@@ -33,7 +33,7 @@ fn dual_stack() -> io::Result<TcpListener> {
     let socket = tcp(Domain::IPV6)?;
     socket.set_only_v6(false)?;
     socket.set_ip_transparent_v6(true)?;
-    listen(socket, (Ipv6Addr::LOCALHOST, 0).into())
+    listen(socket, (Ipv6Addr::UNSPECIFIED, 0).into())
 }
 
 /// Where the kernel runs without IPv6.
