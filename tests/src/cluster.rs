@@ -223,6 +223,23 @@ impl Cluster {
         })
     }
 
+    /// Announces a pod `NAMESPACE/NAME` that has taken over the network namespace and the addresses of another one.
+    pub fn adopt(&self, name: &str, predecessor: &Pod, service_account: &str) -> Result<Pod> {
+        let (namespace, pod) =
+            name.split_once('/').with_context(|| format!("{name} is not NAMESPACE/NAME"))?;
+        let mut place = predecessor.place.clone();
+        place.name = name.to_owned();
+        let pod = Pod {
+            place,
+            namespace: namespace.to_owned(),
+            name: pod.to_owned(),
+            service_account: service_account.to_owned(),
+            ..predecessor.clone()
+        };
+        self.announce(&pod)?;
+        Ok(pod)
+    }
+
     /// Writes the manifest of a pod, and of its Namespace if that is new.
     pub fn announce(&self, pod: &Pod) -> Result<()> {
         let mut objects = self.objects();

@@ -184,6 +184,8 @@ mod tests {
 
     use super::*;
 
+    type Frames = Vec<(u64, Vec<u8>)>;
+
     const A: [u8; 4] = [10, 42, 1, 2];
     const B: [u8; 4] = [10, 42, 2, 2];
 
@@ -219,7 +221,7 @@ mod tests {
         let plain = (1, frame((4000, 80), 0x18, b"a secret"));
         let tunnel = (11, frame((4001, 15008), 0x18, &[0x17; 100]));
         assert!(judge(&recording(&[plain.clone(), tunnel.clone()]), 100).is_ok());
-        let broken: [(&str, Vec<(u64, Vec<u8>)>, u64); 6] = [
+        let broken: [(&str, Frames, u64); 6] = [
             ("payload never seen before", vec![tunnel.clone()], 100),
             ("tunnel too small", vec![plain.clone(), tunnel.clone()], 101),
             ("client verified nothing", vec![plain.clone(), tunnel.clone()], 0),

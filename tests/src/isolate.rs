@@ -145,7 +145,7 @@ pub fn cgroup2_root() -> Result<std::path::PathBuf> {
     let mounts = std::fs::read_to_string("/proc/self/mountinfo").context("reading /proc/self/mountinfo")?;
     mounts
         .lines()
-        .filter_map(|line| line.split_once(" - ").map(|(left, right)| (left, right)))
+        .filter_map(|line| line.split_once(" - "))
         .find(|(_, right)| right.starts_with("cgroup2 "))
         .and_then(|(left, _)| left.split(' ').nth(4))
         .map(std::path::PathBuf::from)

@@ -28,6 +28,7 @@ pub mod relay;
 pub mod servers;
 pub mod sockets;
 pub mod topology;
+pub mod traffic;
 
 pub use agent::Agent;
 pub use bed::Bed;
@@ -42,3 +43,4 @@ pub use place::Place;
 pub use process::Process;
 pub use servers::Server;
 pub use sockets::{Checksum, Dial};
+pub use traffic::Traffic;

@@ -2,7 +2,17 @@
 #![allow(clippy::disallowed_methods, reason = "no async runtime runs on the threads of the scenarios")]
 
 mod bed;
+mod escape;
+mod failure;
+mod identity;
+mod operations;
+mod outside;
+mod races;
+mod rogue;
 mod runner;
+mod shop;
+mod streams;
+mod traffic;
 
 use std::process::ExitCode;
 
@@ -29,7 +39,18 @@ struct Arguments {
 }
 
 fn all() -> Vec<Scenario> {
-    [bed::SCENARIOS].concat()
+    [
+        bed::SCENARIOS,
+        traffic::SCENARIOS,
+        streams::SCENARIOS,
+        escape::SCENARIOS,
+        failure::SCENARIOS,
+        races::SCENARIOS,
+        identity::SCENARIOS,
+        outside::SCENARIOS,
+        operations::SCENARIOS,
+    ]
+    .concat()
 }
 
 fn main() -> ExitCode {
