@@ -27,6 +27,10 @@ static POD_V4: Global<[u32; 4]> = Global::new([0; 4]);
 #[unsafe(no_mangle)]
 static POD_V6: Global<[u32; 4]> = Global::new([0; 4]);
 
+/// The port that the pod's listener is bound to.
+#[unsafe(no_mangle)]
+static LISTENER_PORT: Global<u32> = Global::new(0);
+
 /// Reads one word of a context field; see `connect.rs` for why volatile.
 macro_rules! load {
     ($field:expr) => {
@@ -62,10 +66,17 @@ pub fn lookup(ctx: SkLookupContext) -> u32 {
 
 #[inline(always)]
 fn steer(ctx: &SkLookupContext, local: &Address, remote: &Address, own: &Address) -> u32 {
+    // local_port is in host byte order here, unlike remote_port.
+    let port = load!((*ctx.lookup).local_port);
+    let to_pod = local.is_loopback() || local.is(own);
+    if to_pod && port == LISTENER_PORT.load() {
+        // Nobody has business at the listener's own port: the agent would relay the connection to itself, forever.
+        return DROP;
+    }
     if load!((*ctx.lookup).ingress_ifindex) == LOOPBACK_IFINDEX {
         // The application's own loopback traffic and the agent's leg to it go where they are going; anything else
         // on lo was turned there by the policy route.
-        if local.is_loopback() || local.is(own) {
+        if to_pod {
             return PASS;
         }
         return to_agent(ctx, remote);
@@ -74,9 +85,7 @@ fn steer(ctx: &SkLookupContext, local: &Address, remote: &Address, own: &Address
     if remote.is(own) || remote.is_loopback() {
         return PASS;
     }
-    // local_port is in host byte order here, unlike remote_port.
-    let tunnel = load!((*ctx.lookup).local_port) == TUNNEL_PORT as u32;
-    if !tunnel && maps::is_refused_source(remote) && published() {
+    if port != TUNNEL_PORT as u32 && maps::is_refused_source(remote) && published() {
         // A drop is answered with a reset: the caller learns at once.
         maps::count(Counter::RefusedPlaintext);
         info!(ctx, "refused plaintext from {:i}", remote.octets());

@@ -14,11 +14,8 @@ use std::{
     collections::HashSet,
     fmt,
     fs::File,
-    net::IpAddr,
-    os::{
-        fd::{AsFd, AsRawFd},
-        unix::fs::MetadataExt,
-    },
+    net::{IpAddr, TcpListener},
+    os::{fd::AsFd, unix::fs::MetadataExt},
     sync::{Arc, Mutex, PoisonError},
 };
 use weft_ebpf_common::{Counter, MAX_PODS, PodEntry};
@@ -173,9 +170,7 @@ impl Kernel {
         let pin = PodPin { cookie, slot: shared.pick_slot(cookie, predecessor.as_ref())? };
         let result = shared.install(&netns, addresses, pin, predecessor);
         match result {
-            Ok(listener) => {
-                let listener_port =
-                    listener.local_addr().map_err(Error::io("the listener's port could not be read"))?.port();
+            Ok((listener, listener_port)) => {
                 let shared = Arc::clone(shared);
                 Ok(Pod { shared, netns, addresses, slot: pin.slot, listener: Some(listener), listener_port })
             }
@@ -260,11 +255,11 @@ impl Shared {
         addresses: PodAddresses,
         pin: PodPin,
         predecessor: Option<PodEntry>,
-    ) -> Result<std::net::TcpListener, Error> {
+    ) -> Result<(TcpListener, u16), Error> {
         routes::install(netns, addresses)?;
         sysctl::apply(netns, addresses.v6.is_some())?;
-        let listener = sockets::listener(netns)?;
-        let program = self.object.load_sk_lookup(&self.pins, pin, &addresses)?;
+        let (listener, port) = sockets::listener(netns)?;
+        let program = self.object.load_sk_lookup(&self.pins, pin, port, &addresses)?;
         // The slot before the link: with the link, inbound connections come to the slot.
         self.maps.fill_slot(pin.slot, &listener)?;
         let inode = netns.inode();
@@ -282,8 +277,7 @@ impl Shared {
             _ => PodEntry::new(pin.slot, true, v4, v6),
         };
         self.maps.put_pod(pin.cookie, entry)?;
-        tracing::debug!(cookie = pin.cookie, slot = pin.slot, fd = listener.as_raw_fd(), "pod enrolled");
-        Ok(listener)
+        Ok((listener, port))
     }
 
     /// Takes the pod out of both hooks; the reverse order of `install`. All of its pins, whatever their slot.

@@ -49,19 +49,21 @@ impl Object {
         self.load_with(pins, &[])
     }
 
-    /// The sk_lookup program of one pod.
+    /// The sk_lookup program of one pod, whose listener is bound to `port`.
     pub fn load_sk_lookup(
         &self,
         pins: &Pins,
         pin: PodPin,
+        port: u16,
         addresses: &PodAddresses,
     ) -> Result<ProgramFd, Error> {
         let [v4, v6] = addresses.as_map_addresses().map(|address| address.octets());
-        let globals: [(&'static str, &[u8]); 4] = [
+        let globals: [(&'static str, &[u8]); 5] = [
             ("SLOT", &pin.slot.to_ne_bytes()),
             ("COOKIE", &pin.cookie.to_ne_bytes()),
             ("POD_V4", &v4),
             ("POD_V6", &v6),
+            ("LISTENER_PORT", &u32::from(port).to_ne_bytes()),
         ];
         let mut ebpf = self.load_with(pins, &globals)?;
         let program: &mut SkLookup = program(&mut ebpf, "lookup")?;

@@ -78,12 +78,12 @@ impl Pod {
 
     /// The pod's listener, once. Both directions arrive here: the local address of an accepted connection is what the
     /// caller dialled, the peer its own (v4-mapped for IPv4). While no process holds it, the pod is refused.
-    /// A connection whose local address is loopback was made to the listener itself by something in the pod: close it.
     pub fn take_listener(&mut self) -> Option<TcpListener> {
         self.listener.take()
     }
 
-    /// The port that the listener is bound to, on loopback. Nothing is ever to be relayed to it.
+    /// The port that the listener is bound to. The kernel refuses connections to it, and so does
+    /// [`Pod::inbound_socket`].
     pub fn listener_port(&self) -> u16 {
         self.listener_port
     }
@@ -118,8 +118,13 @@ impl Pod {
     }
 
     /// A connection to the pod's application that appears to come from `client`, at a port of our choice; started but
-    /// not established. `to` must be one of the pod's addresses.
+    /// not established. Refuses an address that is not the pod's, and the listener's own port: those would come back
+    /// to the agent, or go where the application is not.
     pub fn inbound_socket(&self, client: IpAddr, to: SocketAddr) -> io::Result<TcpStream> {
+        if !self.addresses.contains(to.ip()) || to.port() == self.listener_port {
+            let message = format!("{to} is not the application's");
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, message));
+        }
         sockets::inbound(&self.netns, self.shared.maps.own(), client, to)
     }
 }

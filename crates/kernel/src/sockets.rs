@@ -22,33 +22,42 @@ const QUIET_PORTS: std::ops::RangeInclusive<u16> = 10240..=32767;
 const QUIET_ATTEMPTS: u32 = 16;
 const ATTEMPTS: u32 = 64;
 
-/// The pod's one listener. Bound to loopback, so that nothing reaches it by its own port; socket lookup ignores what
-/// it is bound to.
-pub fn listener(netns: &Netns) -> Result<TcpListener, Error> {
+/// Ports of listeners: above the default ephemeral range and below nothing that is registered, so that they are in
+/// no application's way, which would fail to bind a port taken by a listener.
+const LISTENER_PORTS: std::ops::RangeInclusive<u16> = 61000..=65535;
+
+/// The pod's one listener, and its port. Bound to the wildcard, because IPv6 makes a socket bound to anything else
+/// refuse IPv4; the pod's socket lookup refuses connections to that port itself.
+pub fn listener(netns: &Netns) -> Result<(TcpListener, u16), Error> {
     let failed = || format!("the listener in {} could not be made", netns.path().display());
     netns.run(|| dual_stack().or_else(|_| ipv4_only()))?.map_err(Error::io(failed()))
 }
 
-fn dual_stack() -> io::Result<TcpListener> {
+fn dual_stack() -> io::Result<(TcpListener, u16)> {
     let socket = tcp(Domain::IPV6)?;
     socket.set_only_v6(false)?;
     socket.set_ip_transparent_v6(true)?;
-    listen(socket, (Ipv6Addr::UNSPECIFIED, 0).into())
+    listen(socket, Ipv6Addr::UNSPECIFIED.into())
 }
 
 /// Where the kernel runs without IPv6.
-fn ipv4_only() -> io::Result<TcpListener> {
-    listen(tcp(Domain::IPV4)?, (Ipv4Addr::LOCALHOST, 0).into())
+fn ipv4_only() -> io::Result<(TcpListener, u16)> {
+    listen(tcp(Domain::IPV4)?, Ipv4Addr::UNSPECIFIED.into())
 }
 
-fn listen(socket: Socket, address: SocketAddr) -> io::Result<TcpListener> {
+fn listen(socket: Socket, address: IpAddr) -> io::Result<(TcpListener, u16)> {
     // Accepted connections have local addresses that are not this host's; they inherit this.
     socket.set_ip_transparent_v4(true)?;
     // They also sit on the application's ports, which it must still be able to bind.
     socket.set_reuse_address(true)?;
-    socket.bind(&address.into())?;
+    let bind = |port| socket.bind(&SocketAddr::new(address, port).into());
+    if !(0..ATTEMPTS).any(|_| bind(rand::random_range(LISTENER_PORTS)).is_ok()) {
+        bind(0)?;
+    }
     socket.listen(BACKLOG)?;
-    Ok(socket.into())
+    let listener = TcpListener::from(socket);
+    let port = listener.local_addr()?.port();
+    Ok((listener, port))
 }
 
 /// The leg to the network. Registered as the agent's own, so that the hook lets it pass.

@@ -9,7 +9,10 @@ use std::{
     net::{SocketAddr, TcpStream},
     time::Duration,
 };
-use testbed::{OUTSIDE, PEER, PEER6, POD, POD6, VIP, VIP6, World, accept, at, ends, established, ip, mark, read_all, timed, try_accept};
+use testbed::{
+    OUTSIDE, PEER, PEER6, POD, POD6, VIP, VIP6, World, accept, at, ends, established, ip, mark, read_all,
+    timed, try_accept,
+};
 use weft_kernel::{MARK_AGENT, MARK_CAPTURED, Verdict};
 
 /// Connects with a socket prepared by `prepare`, and gives back the connected socket.
@@ -44,13 +47,18 @@ fn captured_connections_show_true_addresses() {
         ("bound v6", Domain::IPV6, libc::IPPROTO_TCP, at(VIP6, 80), |s| s.bind(&at(POD6, 0).into()).unwrap()),
     ];
     for (index, (name, domain, protocol, to, prepare)) in cases.into_iter().enumerate() {
-        let app = connect_with(&world, domain, protocol.into(), to, prepare).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let app = connect_with(&world, domain, protocol.into(), to, prepare)
+            .unwrap_or_else(|e| panic!("{name}: {e}"));
         let mut agent = accept(&listener);
         let (dialled, caller) = ends(&agent);
         let (app_peer, app_local) = (app.peer_addr().unwrap(), app.local_addr().unwrap());
         assert_eq!(app_peer, to, "{name}: the application sees what it dialled");
         assert_eq!(dialled, SocketAddr::new(to.ip().to_canonical(), to.port()), "{name}: so does the agent");
-        assert_eq!(caller, SocketAddr::new(app_local.ip().to_canonical(), app_local.port()), "{name}: and the caller");
+        assert_eq!(
+            caller,
+            SocketAddr::new(app_local.ip().to_canonical(), app_local.port()),
+            "{name}: and the caller"
+        );
         assert_eq!(caller.ip(), if caller.is_ipv4() { ip(POD) } else { ip(POD6) }, "{name}");
         agent.write_all(b"hello").unwrap();
         drop(agent);
@@ -80,7 +88,11 @@ fn marks_of_the_application_do_not_help_it() {
     let (_kernel, _pod, listener) = world.published();
     world.peer.serve(at(VIP, 80), "clear");
     for (own, mapped) in [(MARK_AGENT, false), (MARK_CAPTURED, false), (0x1539, false), (MARK_AGENT, true)] {
-        let (domain, to) = if mapped { (Domain::IPV6, at(&format!("::ffff:{VIP}"), 80)) } else { (Domain::IPV4, at(VIP, 80)) };
+        let (domain, to) = if mapped {
+            (Domain::IPV6, at(&format!("::ffff:{VIP}"), 80))
+        } else {
+            (Domain::IPV4, at(VIP, 80))
+        };
         let app = connect_with(&world, domain, Protocol::TCP, to, move |s| s.set_mark(own).unwrap()).unwrap();
         assert_eq!(mark(&app), MARK_CAPTURED, "{own:#x}");
         assert_eq!(ends(&accept(&listener)).0, at(VIP, 80), "{own:#x} is captured all the same");
@@ -94,7 +106,8 @@ fn our_mark_does_not_send_a_plain_connection_in_a_loop() {
     world.peer.serve(at(OUTSIDE, 80), "outside");
     for (own, left) in [(MARK_CAPTURED, 0), (0x5111, 0), (0x77, 0x77)] {
         let to = at(OUTSIDE, 80);
-        let app = connect_with(&world, Domain::IPV4, Protocol::TCP, to, move |s| s.set_mark(own).unwrap()).unwrap();
+        let app =
+            connect_with(&world, Domain::IPV4, Protocol::TCP, to, move |s| s.set_mark(own).unwrap()).unwrap();
         assert_eq!(mark(&app), left, "{own:#x}");
         assert_eq!(read_all(&app), format!("outside {POD}"));
     }

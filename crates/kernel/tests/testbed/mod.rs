@@ -39,7 +39,7 @@ pub struct Space {
 }
 
 impl Space {
-    fn new(name: String) -> Space {
+    pub fn new(name: String) -> Space {
         sh(&format!("ip netns add {name} && ip -n {name} link set lo up"));
         Space { name }
     }
@@ -77,7 +77,11 @@ impl Space {
             for connection in listener.incoming() {
                 let Ok(mut connection) = connection else { return };
                 let Ok(peer) = connection.peer_addr() else { continue };
-                let _ = write!(connection, "{text} {}", SocketAddr::new(peer.ip().to_canonical(), peer.port()).ip());
+                let _ = write!(
+                    connection,
+                    "{text} {}",
+                    SocketAddr::new(peer.ip().to_canonical(), peer.port()).ip()
+                );
             }
         });
     }
