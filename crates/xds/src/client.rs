@@ -1,6 +1,6 @@
 //! The client: one stream to the controller, opened again whenever it breaks, and the memory that lets it resume.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{mpsc, oneshot, watch};
@@ -136,9 +136,9 @@ impl Session {
         };
         info!(node = self.node, "connected to the controller");
         self.connected.send_replace(true);
-        let mut early = None;
+        let mut early = Early { received: VecDeque::new(), room: self.known.len() };
         loop {
-            let received = match early.take() {
+            let received = match early.received.pop_front() {
                 Some(received) => received,
                 None => tokio::select! {
                     received = responses.message() => received,
@@ -162,12 +162,13 @@ impl Session {
     }
 
     /// Hands one response to the consumer and waits for its verdict. Meanwhile the stream is watched, so that its end
-    /// is known at once; what comes from it is kept in `early`.
+    /// is known at once; what comes from it is kept in `early` and delivered in its turn, also if the stream has ended
+    /// by then: it is news all the same, and the controller may be away for long.
     async fn deliver(
         &mut self,
         response: DeltaDiscoveryResponse,
         responses: &mut Streaming<DeltaDiscoveryResponse>,
-        early: &mut Option<Result<Option<DeltaDiscoveryResponse>, Status>>,
+        early: &mut Early,
     ) -> Result<DeltaDiscoveryRequest, Ended> {
         let Some(known) = self.known.iter_mut().find(|known| known.type_url == response.type_url) else {
             let reason = format!("the controller sent type {:?}, which nobody asked for", response.type_url);
@@ -241,11 +242,11 @@ impl Known {
 async fn await_verdict(
     verdict: &mut oneshot::Receiver<Result<(), String>>,
     responses: &mut Streaming<DeltaDiscoveryResponse>,
-    early: &mut Option<Result<Option<DeltaDiscoveryResponse>, Status>>,
+    early: &mut Early,
     connected: &watch::Sender<bool>,
 ) -> Result<(), String> {
     let unanswered = |_| Err("the update was dropped without an answer".to_owned());
-    if early.is_none() {
+    while early.has_room() {
         tokio::select! {
             biased;
             verdict = &mut *verdict => return verdict.unwrap_or_else(unanswered),
@@ -253,11 +254,24 @@ async fn await_verdict(
                 if !matches!(received, Ok(Some(_))) {
                     connected.send_replace(false);
                 }
-                *early = Some(received);
+                early.received.push_back(received);
             }
         }
     }
     verdict.await.unwrap_or_else(unanswered)
+}
+
+/// What came from the stream while the consumer was busy.
+struct Early {
+    received: VecDeque<Result<Option<DeltaDiscoveryResponse>, Status>>,
+    /// A server has at most one response of each type unanswered; one that sends more is not read.
+    room: usize,
+}
+
+impl Early {
+    fn has_room(&self) -> bool {
+        self.received.len() < self.room && self.received.back().is_none_or(|last| matches!(last, Ok(Some(_))))
+    }
 }
 
 fn describe(status: &Status) -> String {
