@@ -264,11 +264,12 @@ fn measure(to: SocketAddr, mode: u8, connections: usize, time: Duration) -> Resu
     })
 }
 
-/// The defaults, but for `CHUNK` and `WINDOW` (bytes) in the environment.
+/// The defaults, but for `CHUNK`, `FRAME` and `WINDOW` (bytes) in the environment.
 fn limits() -> Limits {
     let mut limits = Limits::default();
     let number = |name| std::env::var(name).ok().and_then(|v| v.parse().ok());
     limits.copy_chunk.1 = number("CHUNK").unwrap_or(limits.copy_chunk.1);
     limits.stream_window = number("WINDOW").map_or(limits.stream_window, |w| w as u32);
+    limits.max_frame = number("FRAME").map_or(limits.max_frame, |f| f as u32);
     limits
 }

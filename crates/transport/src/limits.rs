@@ -14,7 +14,8 @@ pub struct Limits {
     pub stream_window: u32,
     /// Bytes of one stream that may wait for the tunnel's socket.
     pub send_buffer: usize,
-    /// Largest DATA frame accepted, in bytes; HTTP/2 allows 16 384 to 16 777 215.
+    /// Largest DATA frame accepted, in bytes; HTTP/2 allows 16 384 to 16 777 215. h2 assembles a frame in one buffer, and
+    /// measured, those of 64 KiB cost a third less than those of 1 MiB, which miss the caches and churn the allocator.
     pub max_frame: u32,
     /// Largest list of request or response headers accepted, in bytes as HTTP/2 counts them.
     pub max_header_list: u32,
@@ -32,8 +33,8 @@ pub struct Limits {
     pub keepalive_time: Duration,
     /// Time between keepalive probes.
     pub keepalive_interval: Duration,
-    /// Bytes read from an application at once: it starts at `.0`, grows to `.1` while reads fill it, and shrinks again.
-    /// Each becomes one DATA frame; with the frame's header of 9 bytes the defaults fill TLS records exactly.
+    /// Bytes read from an application at once: it starts at `.0`, grows to `.1` (at most 128 KiB) while reads fill it, and
+    /// shrinks again.
     pub copy_chunk: (usize, usize),
 }
 
@@ -44,7 +45,7 @@ impl Default for Limits {
             max_concurrent_streams: 200,
             stream_window: 2 << 20,
             send_buffer: 512 << 10,
-            max_frame: 1 << 20,
+            max_frame: 64 << 10,
             max_header_list: 16 << 10,
             connect_timeout: Duration::from_secs(5),
             handshake_timeout: Duration::from_secs(5),
@@ -53,7 +54,7 @@ impl Default for Limits {
             tcp_user_timeout: Duration::from_secs(20),
             keepalive_time: Duration::from_secs(15),
             keepalive_interval: Duration::from_secs(5),
-            copy_chunk: ((16 << 10) - 9, (128 << 10) - 9),
+            copy_chunk: (16 << 10, 128 << 10),
         }
     }
 }

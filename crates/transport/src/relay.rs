@@ -7,17 +7,17 @@
 
 use crate::scratch::{self, Scratch};
 use crate::stream::{self, Stream, StreamError};
-use bytes::{Buf, BufMut, Bytes, BytesMut};
+use bytes::{Buf, Bytes, BytesMut};
 use h2::{Reason, RecvStream, SendStream};
 use socket2::SockRef;
 use std::collections::VecDeque;
-use std::future::{Future, poll_fn};
+use std::future::poll_fn;
 use std::io::{self, IoSlice};
-use std::pin::{Pin, pin};
+use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::task::{Context, Poll};
 use std::time::Duration;
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, Interest, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, Interest, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::net::tcp::{ReadHalf, WriteHalf};
 use tokio::sync::Notify;
@@ -200,7 +200,7 @@ struct Chunk {
 impl Chunk {
     fn new(bounds: (usize, usize)) -> Self {
         let least = bounds.0.clamp(1, scratch::SIZE);
-        Self { size: least, bounds: (least, bounds.1.max(least)), sparse: 0 }
+        Self { size: least, bounds: (least, bounds.1.clamp(least, scratch::SIZE)), sparse: 0 }
     }
 
     /// Reads up to `room` bytes; none at the end.
@@ -210,16 +210,16 @@ impl Chunk {
         app: &mut ReadHalf<'_>,
         room: usize,
     ) -> Poll<io::Result<Bytes>> {
-        let bytes = if self.size == self.bounds.0 {
-            // Small messages: what is kept is exactly as large as what was read.
-            let mut scratch = Scratch::take();
-            let mut space = ReadBuf::new(&mut scratch[..room]);
-            std::task::ready!(Pin::new(app).poll_read(cx, &mut space))?;
-            Bytes::copy_from_slice(space.filled())
+        let mut scratch = Scratch::take();
+        let mut space = ReadBuf::new(&mut scratch[..room]);
+        std::task::ready!(Pin::new(app).poll_read(cx, &mut space))?;
+        let filled = space.filled();
+        // What waits to be sent is about as large as what was read: a scratch buffer goes along only if it is well used.
+        let bytes = if filled.len() < scratch::SIZE / 4 {
+            Bytes::copy_from_slice(filled)
         } else {
-            let mut space = BytesMut::with_capacity(room).limit(room);
-            std::task::ready!(pin!(app.read_buf(&mut space)).poll(cx))?;
-            space.into_inner().freeze()
+            let length = filled.len();
+            scratch.freeze(length)
         };
         self.adapt(bytes.len(), room);
         Poll::Ready(Ok(bytes))

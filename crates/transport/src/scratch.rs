@@ -1,14 +1,15 @@
 //! Read buffers lent to whoever has data in hand right now: one small stack of them per thread, so that an idle
 //! connection or stream holds none. Used by `tls_io` and `relay`.
 
+use bytes::Bytes;
 use std::cell::RefCell;
 use std::ops::{Deref, DerefMut};
 
 /// Bytes in one buffer: one read of a socket. Larger ones fall out of the second-level cache before they are decrypted.
 pub(crate) const SIZE: usize = 128 << 10;
 
-/// Buffers a thread keeps for later; more than a handful are in use only while peers refuse to take what was read.
-const KEEP: usize = 4;
+/// Buffers a thread keeps for later: what one busy tunnel has in flight.
+const KEEP: usize = 8;
 
 thread_local!(static FREE: RefCell<Vec<Box<[u8]>>> = const { RefCell::new(Vec::new()) });
 
@@ -19,6 +20,17 @@ pub(crate) struct Scratch(Box<[u8]>);
 impl Scratch {
     pub fn take() -> Self {
         Self(FREE.with_borrow_mut(Vec::pop).unwrap_or_else(|| vec![0; SIZE].into_boxed_slice()))
+    }
+
+    /// The first `length` bytes, without copying; the buffer comes back when the last clone is dropped.
+    pub fn freeze(self, length: usize) -> Bytes {
+        struct Front(Scratch, usize);
+        impl AsRef<[u8]> for Front {
+            fn as_ref(&self) -> &[u8] {
+                &self.0[..self.1]
+            }
+        }
+        Bytes::from_owner(Front(self, length.min(SIZE)))
     }
 }
 

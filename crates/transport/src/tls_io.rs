@@ -190,13 +190,31 @@ impl Inner {
                 return Poll::Pending;
             }
         }
-        let total = pieces.iter().map(|b| b.len()).sum();
-        if total < GATHER && self.gathered.len() + total <= RECORD {
-            for piece in pieces {
-                self.gathered.extend_from_slice(piece);
-            }
-        } else {
-            self.encrypt(pieces)?;
+        // Full records at once; a small rest waits for what follows it, or for the end of the turn.
+        let total: usize = pieces.iter().map(|b| b.len()).sum();
+        let sum = self.gathered.len() + total;
+        let now = match sum % RECORD {
+            _ if total < GATHER && sum <= RECORD => 0,
+            rest if rest < GATHER => total.saturating_sub(rest),
+            _ => total,
+        };
+        let mut skip = now;
+        if now > 0 || sum > RECORD {
+            let mut left = now;
+            let head: Vec<_> = pieces
+                .iter()
+                .map(|piece| {
+                    let part = &piece[..piece.len().min(left)];
+                    left -= part.len();
+                    IoSlice::new(part)
+                })
+                .collect();
+            self.encrypt(&head)?;
+        }
+        for piece in pieces {
+            let done = skip.min(piece.len());
+            skip -= done;
+            self.gathered.extend_from_slice(&piece[done..]);
         }
         Poll::Ready(Ok(total))
     }
