@@ -22,7 +22,7 @@ mod store;
 mod tls;
 mod translate;
 
-use std::time::SystemTime;
+use std::{process::ExitCode, time::SystemTime};
 
 use anyhow::Context;
 use clap::Parser;
@@ -36,11 +36,18 @@ use crate::{
     state_dir::StateDir,
 };
 
-fn main() -> anyhow::Result<()> {
+fn main() -> ExitCode {
     let mut cli = Cli::parse();
-    match cli.command.take() {
+    let result = match cli.command.take() {
         Some(Command::Token(args)) => print_token(&args),
-        None => serve(cli.config()?),
+        None => cli.config().map_err(Into::into).and_then(serve),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("weft-control: {error:#}");
+            ExitCode::FAILURE
+        }
     }
 }
 

@@ -75,7 +75,6 @@ impl Server {
 
     /// Serves agents until `shutdown`.
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> anyhow::Result<()> {
-        tracing::info!("serving agents on {}", self.listener.local_addr()?);
         tokio::spawn(self.identity.clone().keep_fresh());
         let incoming = tls::accept(self.listener, self.identity, self.metrics)?;
         let xds = self.xds.into_service();

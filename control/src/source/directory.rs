@@ -141,3 +141,6 @@ fn difference(old: &BTreeMap<ObjectKey, Object>, new: &BTreeMap<ObjectKey, Objec
     let deletes = old.keys().filter(|key| !new.contains_key(key)).cloned();
     Delta { upserts: upserts.collect(), deletes: deletes.collect() }
 }
+
+#[cfg(test)]
+mod tests;

@@ -73,12 +73,8 @@ fn parse_yaml(text: &str, manifest: &mut Manifest) -> Result<(), ManifestError> 
         let start = document_line(text, i);
         let locate = |error: serde_path_to_error::Error<serde_yaml_ng::Error>| {
             let line = error.inner().location().map_or(start, |location| location.line());
-            ManifestError {
-                document: i + 1,
-                line,
-                path: error.path().to_string(),
-                message: words(error.inner()),
-            }
+            let path = error.path().to_string();
+            ManifestError { document: i + 1, line, message: words(error.inner(), &path), path }
         };
         let shape = serde_path_to_error::deserialize::<_, Option<Shape>>(probe).map_err(locate)?;
         let Some(shape) = shape else { continue };
@@ -100,11 +96,10 @@ fn parse_json(text: &str, manifest: &mut Manifest) -> Result<(), ManifestError> 
         let rest = &text[offset..];
         let before = text[..offset].matches('\n').count();
         let start = before + 1 + (rest.len() - rest.trim_start().len()).min(rest[..1].matches('\n').count());
-        let locate = |error: serde_path_to_error::Error<serde_json::Error>| ManifestError {
-            document,
-            line: before + error.inner().line().max(1),
-            path: error.path().to_string(),
-            message: words(error.inner()),
+        let locate = |error: serde_path_to_error::Error<serde_json::Error>| {
+            let path = error.path().to_string();
+            let line = before + error.inner().line().max(1);
+            ManifestError { document, line, message: words(error.inner(), &path), path }
         };
         let mut probe = serde_json::Deserializer::from_str(rest);
         let shape = serde_path_to_error::deserialize::<_, Option<Shape>>(&mut probe).map_err(locate)?;
@@ -125,13 +120,13 @@ fn parse_json(text: &str, manifest: &mut Manifest) -> Result<(), ManifestError> 
     Ok(())
 }
 
-/// The reader's words without the position it appends: that is said once, in the manifest's own terms.
-fn words(error: &impl fmt::Display) -> String {
+/// The reader's words without the position it appends and the path that serde_yaml puts in front: both are said once,
+/// in the manifest's own terms.
+fn words(error: &impl fmt::Display, path: &str) -> String {
     let text = error.to_string();
     let text = text.split(" at line ").next().unwrap_or_default();
-    // serde_yaml prefixes some errors with the path that serde_path_to_error also knows.
     match text.split_once(": ") {
-        Some((path, rest)) if !path.contains(' ') && path.contains('.') => rest.to_owned(),
+        Some((prefix, rest)) if path.starts_with(prefix) => rest.to_owned(),
         _ => text.to_owned(),
     }
 }
@@ -369,7 +364,7 @@ mod tests {
                 "is not a name",
             ),
             ("kind: Pod\n", 2, 6, ".", "missing field `apiVersion`"),
-            ("apiVersion: v1\nkind: Pod\nmetadata: {name: a\n", 2, 9, ".", ""),
+            ("apiVersion: v1\nkind: Pod\nmetadata: {name: a\n", 2, 9, "metadata", "did not find"),
             ("just text\n", 2, 6, ".", "invalid type"),
             ("apiVersion: v1\nkind: Pod\n", 2, 6, ".", "missing field `metadata`"),
         ] {

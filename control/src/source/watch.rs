@@ -151,3 +151,6 @@ impl Watch {
         self.writing.keys().cloned().collect()
     }
 }
+
+#[cfg(test)]
+mod tests;

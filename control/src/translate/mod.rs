@@ -184,4 +184,4 @@ fn contains(networks: &[IpNet], ip: IpAddr) -> bool {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -1,1 +1,344 @@
-//! Being written.
+//! Tables: objects in, what agents are sent out.
+
+use weft_api::Object;
+use weft_proto::workload::{NetworkMode, TunnelProtocol, Workload, WorkloadStatus, WorkloadType};
+
+use super::*;
+use crate::source::{
+    Delta,
+    manifest::{Format, parse},
+};
+
+pub(crate) fn settings() -> MeshSettings {
+    MeshSettings {
+        trust_domain: TrustDomain::new("cluster.local").unwrap(),
+        cluster_id: "Kubernetes".to_owned(),
+        cluster_domain: "cluster.local".to_owned(),
+        pod_networks: vec!["10.1.0.0/16".parse().unwrap(), "fd00::/16".parse().unwrap()],
+        service_networks: vec!["10.2.0.0/16".parse().unwrap()],
+        external_networks: Vec::new(),
+        netns_annotations: true,
+    }
+}
+
+pub(crate) fn objects(text: &str) -> Vec<Object> {
+    parse(text, Format::Yaml).unwrap().objects
+}
+
+fn store(text: &str) -> Store {
+    let mut store = Store::default();
+    store.apply(Delta { upserts: objects(text), deletes: Vec::new() });
+    store
+}
+
+fn translated(text: &str) -> Translation {
+    translate(&store(text), &Places::new(), &settings())
+}
+
+impl Translation {
+    fn workload(&self, name: &str) -> &Workload {
+        match &self.addresses[&format!("Kubernetes/{name}")].r#type {
+            Some(address::Type::Workload(workload)) => workload,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn service(&self, key: &str) -> &weft_proto::workload::Service {
+        match &self.addresses[key].r#type {
+            Some(address::Type::Service(service)) => service,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// `service:port>target` of a workload.
+    fn services(&self, name: &str) -> Vec<String> {
+        let services: BTreeMap<_, _> = self.workload(name).services.iter().collect();
+        let ports = services.into_iter().flat_map(|(key, list)| {
+            list.ports.iter().map(move |p| format!("{key}:{}>{}", p.service_port, p.target_port))
+        });
+        ports.collect()
+    }
+}
+
+const SHOP: &str =
+    "apiVersion: v1\nkind: Namespace\nmetadata: {name: shop, labels: {weft.dev/mesh: enabled}}\n---\n";
+
+fn pod(name: &str, ip: &str, more: &str) -> String {
+    format!(
+        "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: shop, annotations: {{weft.dev/netns: /n}}}}\n\
+         spec: {{nodeName: n1{more}}}\nstatus: {{podIP: {ip:?}}}\n---\n"
+    )
+}
+
+const WEB: &str = "apiVersion: v1\nkind: Service\nmetadata: {name: web, namespace: shop}\n\
+    spec: {clusterIP: 10.2.0.1, clusterIPs: [10.2.0.1, 'fd01::1'], externalIPs: [192.0.2.1], \
+    ports: [{name: http, port: 80, targetPort: web}, {name: admin, port: 81}, {name: dns, port: 53, protocol: UDP}]}\n---\n";
+
+fn slice(name: &str, endpoints: &str) -> String {
+    format!(
+        "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\n\
+         metadata: {{name: {name}, namespace: shop, labels: {{kubernetes.io/service-name: web}}}}\naddressType: IPv4\n\
+         ports: [{{name: http, port: 8080}}, {{name: dns, port: 5353, protocol: UDP}}, {{name: other, port: 9}}]\n\
+         endpoints: {endpoints}\n---\n"
+    )
+}
+
+#[test]
+fn a_pod_becomes_a_workload() {
+    let text = "apiVersion: v1\nkind: Pod\n\
+        metadata: {name: web-5d4f8c7b9-x2x4z, namespace: shop, labels: {app: front, version: v2, pod-template-hash: 5d4f8c7b9}, \
+        ownerReferences: [{apiVersion: apps/v1, kind: ReplicaSet, name: web-5d4f8c7b9, controller: true}]}\n\
+        spec: {nodeName: n1, serviceAccountName: web}\nstatus: {podIP: 10.1.0.2, podIPs: [{ip: 10.1.0.2}, {ip: 'fd00::2'}]}\n";
+    let translation = translated(text);
+    let workload = translation.workload("/Pod/shop/web-5d4f8c7b9-x2x4z");
+    let expected = Workload {
+        uid: "Kubernetes//Pod/shop/web-5d4f8c7b9-x2x4z".to_owned(),
+        name: "web-5d4f8c7b9-x2x4z".to_owned(),
+        namespace: "shop".to_owned(),
+        addresses: vec![vec![10, 1, 0, 2].into(), [&[0xfd, 0][..], &[0; 13], &[2]].concat().into()],
+        tunnel_protocol: TunnelProtocol::None.into(),
+        service_account: "web".to_owned(),
+        node: "n1".to_owned(),
+        canonical_name: "front".to_owned(),
+        canonical_revision: "v2".to_owned(),
+        workload_type: WorkloadType::Deployment.into(),
+        workload_name: "web".to_owned(),
+        status: WorkloadStatus::Healthy.into(),
+        cluster_id: "Kubernetes".to_owned(),
+        ..Workload::default()
+    };
+    assert_eq!(*workload, expected);
+}
+
+#[test]
+fn workloads_are_named_after_what_manages_them() {
+    for (kind, owner, labels, name, kind_of) in [
+        ("ReplicaSet", "web-5d4f8c7b9", "pod-template-hash: 5d4f8c7b9", "web", WorkloadType::Deployment),
+        ("ReplicaSet", "web-5d4f8c7b9", "x: y", "web", WorkloadType::Deployment),
+        ("ReplicaSet", "web-front", "x: y", "web-front", WorkloadType::Deployment),
+        ("ReplicaSet", "web-front", "pod-template-hash: 5d4f8c7b9", "web-front", WorkloadType::Deployment),
+        ("ReplicaSet", "web", "x: y", "web", WorkloadType::Deployment),
+        ("StatefulSet", "db", "x: y", "db", WorkloadType::Deployment),
+        ("Job", "backup-28912345", "x: y", "backup", WorkloadType::Cronjob),
+        ("Job", "migrate-7", "x: y", "migrate-7", WorkloadType::Job),
+    ] {
+        let translation = translated(&format!(
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: p, namespace: shop, labels: {{{labels}}}, \
+             ownerReferences: [{{kind: {kind}, name: {owner}, controller: true}}]}}\nstatus: {{podIP: 10.1.0.2}}\n"
+        ));
+        let workload = translation.workload("/Pod/shop/p");
+        assert_eq!(
+            (workload.workload_name.as_str(), workload.canonical_name.as_str(), workload.workload_type()),
+            (name, name, kind_of),
+            "{kind} {owner} {labels}"
+        );
+    }
+    let alone = translated(&pod("p", "10.1.0.2", ""));
+    assert_eq!(alone.workload("/Pod/shop/p").workload_type(), WorkloadType::Pod);
+    assert_eq!(alone.workload("/Pod/shop/p").service_account, "default");
+}
+
+#[test]
+fn only_pods_that_live_somewhere_are_workloads() {
+    for (status, there) in [
+        ("{podIP: 10.1.0.2}", true),
+        ("{podIP: 10.1.0.2, phase: Running}", true),
+        ("{podIP: 10.1.0.2, phase: Pending}", true),
+        ("{podIP: 10.1.0.2, phase: Succeeded}", false),
+        ("{podIP: 10.1.0.2, phase: Failed}", false),
+        ("{phase: Running}", false),
+    ] {
+        let text = format!(
+            "{SHOP}apiVersion: v1\nkind: Pod\nmetadata: {{name: p, namespace: shop}}\nspec: {{nodeName: n1}}\nstatus: {status}\n"
+        );
+        let translation = translated(&text);
+        assert_eq!(translation.addresses.len(), usize::from(there), "{status}");
+        assert_eq!(translation.local.len(), usize::from(there), "{status}");
+        assert_eq!(desired(&store(&text), &settings()).len(), usize::from(there), "{status}");
+    }
+}
+
+#[test]
+fn a_pod_on_the_hosts_network_claims_no_address_and_is_nobodys_local_workload() {
+    let translation = translated(&(SHOP.to_owned() + &pod("p", "192.0.2.7", ", hostNetwork: true")));
+    let workload = translation.workload("/Pod/shop/p");
+    assert_eq!(workload.network_mode(), NetworkMode::HostNetwork);
+    assert!(workload.addresses.is_empty() && translation.local.is_empty());
+}
+
+#[test]
+fn published_is_enrolled_as_the_same_pod_and_still_wanted() {
+    let uid = "Kubernetes//Pod/shop/web";
+    let place = Place { node: "n1".to_owned(), addresses: vec!["10.1.0.2".parse().unwrap()], pod_uid: None };
+    let web = pod("web", "10.1.0.2", "");
+    let tunnel = |text: &str, enrolled: Option<Place>| {
+        let enrolled = enrolled.into_iter().map(|place| (uid.to_owned(), place)).collect();
+        translate(&store(text), &enrolled, &settings()).workload("/Pod/shop/web").tunnel_protocol()
+    };
+    let meshed = SHOP.to_owned() + &web;
+    assert_eq!(tunnel(&meshed, Some(place.clone())), TunnelProtocol::Hbone);
+    assert_eq!(tunnel(&meshed, None), TunnelProtocol::None);
+    assert_eq!(tunnel(&web, Some(place.clone())), TunnelProtocol::None, "not wanted");
+    assert_eq!(tunnel(&meshed, Some(Place { node: "n2".to_owned(), ..place.clone() })), TunnelProtocol::None);
+    assert_eq!(tunnel(&meshed, Some(Place { pod_uid: Some("1".to_owned()), ..place })), TunnelProtocol::None);
+}
+
+#[test]
+fn local_workloads_say_what_labels_want() {
+    let text = SHOP.to_owned()
+        + &pod("a", "10.1.0.2", "")
+        + "apiVersion: v1\nkind: Pod\n\
+        metadata: {name: b, namespace: shop, labels: {weft.dev/mesh: disabled}}\nspec: {nodeName: n2}\nstatus: {podIP: 10.1.0.3}\n";
+    let translation = translated(&text);
+    let a = &translation.local["n1"]["Kubernetes//Pod/shop/a"];
+    assert_eq!((a.enroll, a.netns_path.as_str()), (true, "/n"));
+    let b = &translation.local["n2"]["Kubernetes//Pod/shop/b"];
+    assert_eq!((b.enroll, b.netns_path.as_str()), (false, ""));
+    // In a cluster whoever may write pods must not name other pods' namespaces.
+    let cluster = MeshSettings { netns_annotations: false, ..settings() };
+    let translation = translate(&store(&text), &Places::new(), &cluster);
+    assert_eq!(translation.local["n1"]["Kubernetes//Pod/shop/a"].netns_path, "");
+}
+
+#[test]
+fn a_service_and_what_is_behind_it() {
+    let text = pod("a", "10.1.0.2", "")
+        + &pod("b", "10.1.0.3", "")
+        + WEB
+        + &slice(
+            "web-1",
+            "[{addresses: [10.1.0.2], targetRef: {kind: Pod, name: a}}, {addresses: [10.1.0.3]}]",
+        );
+    let translation = translated(&text);
+    let service = translation.service("shop/web.shop.svc.cluster.local");
+    assert_eq!(service.hostname, "web.shop.svc.cluster.local");
+    let addresses: Vec<_> = service.addresses.iter().map(|a| a.address.len()).collect();
+    assert_eq!(addresses, [4, 16, 4]);
+    let ports: Vec<_> = service.ports.iter().map(|p| (p.service_port, p.target_port)).collect();
+    assert_eq!(ports, [(80, 0), (81, 81)], "a named target port differs by endpoint; UDP is not there");
+    // By reference, and by address. The slice serves only one of the two TCP ports.
+    for name in ["/Pod/shop/a", "/Pod/shop/b"] {
+        assert_eq!(translation.services(name), ["shop/web.shop.svc.cluster.local:80>8080"]);
+    }
+    assert_eq!(translation.addresses.len(), 3);
+}
+
+#[test]
+fn endpoints_without_a_pod() {
+    let text = pod("a", "10.1.0.2", "")
+        + &pod("host", "192.0.2.7", ", hostNetwork: true")
+        + WEB
+        + &slice(
+            "web-1",
+            "[{addresses: [192.0.2.9], nodeName: n9}, {addresses: [192.0.2.7], targetRef: {kind: Pod, name: host}}, \
+            {addresses: [10.1.0.99], targetRef: {kind: Pod, name: gone}}, {addresses: [10.1.0.98], targetRef: {kind: Pod, name: a}}]",
+        )
+        + &slice("web-2", "[{addresses: [192.0.2.9]}]");
+    let translation = translated(&text);
+    let uid = |slice: &str, address: &str| format!("discovery.k8s.io/EndpointSlice/shop/{slice}/{address}");
+    let outside = translation.workload(&uid("web-1", "192.0.2.9"));
+    assert_eq!(
+        (outside.tunnel_protocol(), outside.network_mode()),
+        (TunnelProtocol::None, NetworkMode::Standard)
+    );
+    assert_eq!((outside.node.as_str(), outside.addresses.len()), ("n9", 1));
+    assert_eq!(translation.services(&uid("web-1", "192.0.2.9")).len(), 1);
+    // Shared addresses serve as endpoints, and are not to be looked up.
+    for name in [uid("web-1", "192.0.2.7"), uid("web-2", "192.0.2.9")] {
+        assert_eq!(translation.workload(&name).network_mode(), NetworkMode::HostNetwork, "{name}");
+    }
+    // A pod that is gone or has moved leaves nothing that could be taken for an address outside the mesh.
+    assert!(
+        !translation.addresses.keys().any(|name| name.contains("10.1.0.9")),
+        "{:?}",
+        translation.addresses.keys()
+    );
+}
+
+#[test]
+fn readiness() {
+    let lenient = WEB.replace("ports:", "publishNotReadyAddresses: true, ports:");
+    for (service, conditions, status) in [
+        (WEB, "{}", WorkloadStatus::Healthy),
+        (WEB, "{ready: true}", WorkloadStatus::Healthy),
+        (WEB, "{ready: null}", WorkloadStatus::Healthy),
+        (WEB, "{ready: false}", WorkloadStatus::Unhealthy),
+        (&lenient, "{ready: false}", WorkloadStatus::Healthy),
+    ] {
+        let endpoints = format!("[{{addresses: [10.1.0.2], conditions: {conditions}}}]");
+        let translation = translated(&(pod("a", "10.1.0.2", "") + service + &slice("web-1", &endpoints)));
+        assert_eq!(translation.workload("/Pod/shop/a").status(), status, "{conditions}");
+    }
+}
+
+#[test]
+fn services_without_addresses_of_their_own() {
+    let service = |spec: &str| {
+        translated(&format!(
+            "apiVersion: v1\nkind: Service\nmetadata: {{name: web, namespace: shop}}\nspec: {spec}\n"
+        ))
+    };
+    let headless = service("{clusterIP: None, clusterIPs: [None], ports: [{port: 80}]}");
+    assert!(headless.service("shop/web.shop.svc.cluster.local").addresses.is_empty());
+    assert!(service("{type: ExternalName, externalName: example.org}").addresses.is_empty());
+}
+
+#[test]
+fn problems_name_the_object() {
+    for (text, subject, words) in [
+        (SHOP.to_owned() + &pod("a", "10.9.0.2", ""), "Pod shop/a", "outside the pod networks"),
+        (
+            pod("a", "10.1.0.2", "") + &pod("b", "10.1.0.2", ""),
+            "address 10.1.0.2",
+            "shop/a, shop/b all claim it",
+        ),
+        (SHOP.replace("enabled", "enable") + &pod("a", "10.1.0.2", ""), "Pod shop/a", "\"enable\""),
+        (
+            SHOP.to_owned() + &pod("a", "10.1.0.2", "").replace("weft.dev/netns", "x"),
+            "Pod shop/a",
+            "weft.dev/netns",
+        ),
+        (WEB.replace("10.2.0.1", "10.9.0.1"), "Service shop/web", "outside the service networks"),
+    ] {
+        let problems = translated(&text).problems;
+        assert!(problems.get(subject).is_some_and(|p| p.contains(words)), "{text}\n{problems:?}");
+    }
+    assert!(translated(&(SHOP.to_owned() + &pod("a", "10.1.0.2", ""))).problems.is_empty());
+}
+
+#[test]
+fn identities_follow_live_labelled_pods() {
+    let id = |account: &str| SpiffeId::new(settings().trust_domain, "shop", account).unwrap();
+    let text = pod("a", "10.1.0.2", ", serviceAccountName: web")
+        + &pod("b", "10.1.0.3", ", serviceAccountName: db")
+            .replace("annotations", "labels: {weft.dev/mesh: disabled}, annotations")
+        + &pod("new", "", ", serviceAccountName: new")
+        + &pod("old", "10.1.0.4", ", serviceAccountName: old").replace("podIP", "phase: Succeeded, podIP")
+        + &pod("host", "192.0.2.7", ", serviceAccountName: host, hostNetwork: true");
+    let identities = identities(&store(&(SHOP.to_owned() + &text)), &settings());
+    for (node, account, claim) in [
+        ("n1", "web", Claim::Granted),
+        ("n1", "new", Claim::Granted),
+        ("n2", "web", Claim::NotOnNode),
+        ("n1", "db", Claim::Unlabelled),
+        ("n1", "old", Claim::NotOnNode),
+        ("n1", "host", Claim::Unlabelled),
+        ("n1", "nobody", Claim::NotOnNode),
+    ] {
+        assert_eq!(identities.claim(node, &id(account)), claim, "{node} {account}");
+    }
+}
+
+#[test]
+fn the_order_of_objects_does_not_matter() {
+    let text = SHOP.to_owned()
+        + &pod("a", "10.1.0.2", "")
+        + &pod("b", "10.1.0.3", "")
+        + WEB
+        + &slice("web-1", "[{addresses: [10.1.0.2]}]")
+        + &slice("web-2", "[{addresses: [10.1.0.3]}]");
+    let mut reversed = Store::default();
+    let upserts = objects(&text).into_iter().rev().collect();
+    reversed.apply(Delta { upserts, deletes: Vec::new() });
+    assert_eq!(translate(&reversed, &Places::new(), &settings()), translated(&text));
+}
