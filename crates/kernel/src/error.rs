@@ -1,6 +1,6 @@
 //! What can go wrong between the agent and the kernel, in an operator's words.
 
-use std::{io, path::PathBuf};
+use std::{io, net::IpAddr, path::PathBuf};
 
 /// Why the kernel's part could not do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -41,6 +41,8 @@ pub enum Error {
     Nested,
     #[error("a pod needs an address that others can reach it by, not {0}")]
     PodAddress(String),
+    #[error("{address} is not an address in {}: is that the pod's network namespace?", netns.display())]
+    NotInPod { address: IpAddr, netns: PathBuf },
     #[error("{0} pods are enrolled on this node already, which is the limit")]
     TooMany(u32),
     #[error("{what} in the pod's network namespace")]

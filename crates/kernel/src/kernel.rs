@@ -163,6 +163,11 @@ impl Kernel {
     /// is left as it was and a predecessor's stays captured. Blocks for some tens of milliseconds.
     pub fn enroll(&self, netns: Netns, addresses: PodAddresses) -> Result<Pod, Error> {
         addresses.check()?;
+        // The kernel itself looks only at the first route it is given, and connections would fail much later.
+        let found = netns.addresses()?;
+        if let Some(address) = addresses.iter().find(|address| !found.contains(address)) {
+            return Err(Error::NotInPod { address, netns: netns.path().to_owned() });
+        }
         let shared = &self.shared;
         let _enrolling = shared.enrolling.lock().unwrap_or_else(PoisonError::into_inner);
         let cookie = netns.cookie();

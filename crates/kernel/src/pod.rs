@@ -27,6 +27,11 @@ impl PodAddresses {
         addresses
     }
 
+    /// One or two addresses.
+    pub fn iter(&self) -> impl Iterator<Item = IpAddr> + use<> {
+        self.v4.map(IpAddr::V4).into_iter().chain(self.v6.map(IpAddr::V6))
+    }
+
     /// Whether `ip` is one of them; a v4-mapped address counts as IPv4.
     pub fn contains(&self, ip: IpAddr) -> bool {
         match ip.to_canonical() {
@@ -36,15 +41,14 @@ impl PodAddresses {
     }
 
     pub(crate) fn check(&self) -> Result<(), Error> {
-        let ips = [self.v4.map(IpAddr::V4), self.v6.map(IpAddr::V6)];
-        if ips == [None, None] {
+        if *self == PodAddresses::default() {
             return Err(Error::PodAddress("none at all".into()));
         }
         let unfit = |ip: &IpAddr| {
             let mapped = ip.to_canonical() != *ip;
             ip.is_loopback() || ip.is_unspecified() || ip.is_multicast() || mapped
         };
-        match ips.into_iter().flatten().find(unfit) {
+        match self.iter().find(unfit) {
             Some(ip) => Err(Error::PodAddress(ip.to_string())),
             None => Ok(()),
         }

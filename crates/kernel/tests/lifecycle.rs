@@ -10,7 +10,7 @@ use std::{
     net::TcpStream,
     time::Duration,
 };
-use testbed::{PEER, POD, VIP, VIP6, World, accept, at, ends, ip, try_accept};
+use testbed::{PEER, POD, POD6, VIP, VIP6, World, accept, at, ends, ip, try_accept};
 use weft_kernel::{Error, Kernel, LAYOUT_VERSION, Netns, Options, PodAddresses, Verdict, preflight};
 
 fn dial(world: &World) -> std::io::Result<TcpStream> {
@@ -169,8 +169,9 @@ fn enrolling_sets_up_the_namespace_once() {
     let routes = |family: &str| world.pod.ip(&format!("{family} route show table 100"));
     let (_again, _listener) = world.enroll(&kernel);
     assert_eq!((rules("-4"), rules("-6")), (1, 1));
-    assert_eq!(routes("-4").trim(), format!("local default dev lo scope host src {POD}"));
-    assert!(routes("-6").contains("local default dev lo"), "{}", routes("-6"));
+    assert_eq!(routes("-4").trim(), format!("local default dev lo proto static scope host src {POD}"));
+    let v6 = routes("-6");
+    assert!(v6.contains("local default dev lo") && v6.contains(&format!("src {POD6}")), "{v6}");
     let netns = pod.netns();
     assert!(netns.alive());
     let mut found = netns.addresses().unwrap();
@@ -182,6 +183,8 @@ fn enrolling_sets_up_the_namespace_once() {
 fn changed_addresses_replace_the_old_ones_and_hold_the_pod() {
     let Some(world) = World::new() else { return };
     let (kernel, _pod, _listener) = world.published();
+    // So that the second address stays when the first goes.
+    world.pod.run(|| std::fs::write("/proc/sys/net/ipv4/conf/eth0/promote_secondaries", "1").unwrap());
     world.pod.ip("addr add 10.77.0.9/24 dev eth0");
     world.pod.ip("addr del 10.77.0.2/24 dev eth0");
     world.pod.ip("route add default via 10.77.0.1");
@@ -203,8 +206,7 @@ fn a_failed_enrolment_leaves_the_pod_as_it_was() {
         let netns = Netns::open(&world.pod.path()).unwrap();
         kernel.enroll(netns, PodAddresses::from_ips(ips.iter().map(|text| ip(text)))).map(drop)
     };
-    // Not an address of this pod: the kernel refuses it as a source.
-    assert!(matches!(enroll(&["10.77.0.77"]), Err(Error::Netlink { .. })));
+    assert!(matches!(enroll(&["10.77.0.77"]), Err(Error::NotInPod { .. })));
     assert!(matches!(enroll(&[]), Err(Error::PodAddress(_))));
     assert!(matches!(enroll(&["127.0.0.1"]), Err(Error::PodAddress(_))));
     assert!(kernel.pods().unwrap().is_empty());
@@ -296,4 +298,56 @@ fn counters_and_capture_work_over_v6_as_well() {
     let _app = world.pod.run(|| TcpStream::connect_timeout(&at(VIP6, 80), Duration::from_secs(3))).unwrap();
     accept(&listener);
     assert_eq!(kernel.counters().unwrap().captured, before.captured + 1);
+}
+
+#[test]
+fn the_programs_say_what_they_do_when_asked() {
+    use std::sync::{Arc, Mutex};
+    use tracing::field::{Field, Visit};
+
+    #[derive(Clone, Default)]
+    struct Lines(Arc<Mutex<Vec<String>>>);
+    impl Visit for Lines {
+        fn record_debug(&mut self, _: &Field, value: &dyn std::fmt::Debug) {
+            self.0.lock().unwrap().push(format!("{value:?}"));
+        }
+    }
+    impl tracing::Subscriber for Lines {
+        fn enabled(&self, metadata: &tracing::Metadata<'_>) -> bool {
+            metadata.target() == "weft_ebpf"
+        }
+        fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::Id {
+            tracing::Id::from_u64(1)
+        }
+        fn record(&self, _: &tracing::Id, _: &tracing::span::Record<'_>) {}
+        fn record_follows_from(&self, _: &tracing::Id, _: &tracing::Id) {}
+        fn event(&self, event: &tracing::Event<'_>) {
+            event.record(&mut self.clone());
+        }
+        fn enter(&self, _: &tracing::Id) {}
+        fn exit(&self, _: &tracing::Id) {}
+    }
+
+    let Some(mut world) = World::new() else { return };
+    let lines = Lines::default();
+    // Only this test opens an instance with the log, so what is heard is its own.
+    tracing::subscriber::set_global_default(lines.clone()).unwrap();
+    world.options.debug_log = true;
+    let (_kernel, _pod, listener) = world.published();
+    let _app = dial(&world).unwrap();
+    drop(listener);
+    dial(&world).unwrap_err();
+    world.peer.fetch(at(POD, 8080)).unwrap_err();
+    let expected = [
+        format!("captured connection to ::ffff:{VIP}"),
+        format!("refused connection to ::ffff:{VIP}, errno 111"),
+        format!("refused connection from ::ffff:{PEER}: no agent listens"),
+    ];
+    for _ in 0..40 {
+        if lines.0.lock().unwrap().len() >= expected.len() {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(*lines.0.lock().unwrap(), expected);
 }

@@ -6,7 +6,7 @@ use std::{
     fs::File,
     io::{self, Read, Write},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream},
-    os::fd::{AsFd, AsRawFd},
+    os::fd::AsFd,
     path::{Path, PathBuf},
     process::Command,
     sync::atomic::{AtomicU32, Ordering},
@@ -33,7 +33,7 @@ pub fn at(host: &str, port: u16) -> SocketAddr {
     SocketAddr::new(ip(host), port)
 }
 
-/// A named network namespace, removed when dropped.
+/// A named network namespace, removed when dropped. Names begin with `wt-`.
 pub struct Space {
     pub name: String,
 }
@@ -147,7 +147,8 @@ impl World {
         let options = Options {
             instance: format!("wt-{id}"),
             bpffs: bpffs.path().to_owned(),
-            debug_log: std::env::var_os("WEFT_TEST_EBPF_LOG").is_some(),
+            // To try a changed or deliberately broken object without building everything again.
+            object: std::env::var_os("WEFT_TEST_EBPF_OBJECT").map(PathBuf::from),
             ..Options::default()
         };
         match Kernel::open(options.clone()) {
@@ -265,10 +266,6 @@ pub fn read_all(mut stream: &TcpStream) -> String {
 pub fn timed<T>(f: impl FnOnce() -> T) -> (T, u128) {
     let start = std::time::Instant::now();
     (f(), start.elapsed().as_millis())
-}
-
-pub fn raw(socket: &impl AsRawFd) -> i32 {
-    socket.as_raw_fd()
 }
 
 fn sh(script: &str) {
