@@ -15,10 +15,12 @@ const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Opens the port, with an error that says which.
 pub async fn bind(address: SocketAddr, what: &str) -> io::Result<TcpListener> {
-    let listener = TcpListener::bind(address).await;
-    listener.map_err(|error| {
+    let cannot = |error: io::Error| {
         io::Error::new(error.kind(), format!("cannot listen on {address} for {what}: {error}"))
-    })
+    };
+    let listener = TcpListener::bind(address).await.map_err(cannot)?;
+    tracing::info!("listening on {} for {what}", listener.local_addr()?);
+    Ok(listener)
 }
 
 /// Serves GETs until dropped. `answer` is given the path.

@@ -4,6 +4,7 @@
 //! enrolled ([`enrollment`]), [`translate`] makes of them what agents are sent, [`snapshot`] encodes it, and [`grpc`]
 //! serves it on one TLS port ([`tls`]) to callers that [`auth`] knows, beside the certificate authority ([`ca`]).
 #![forbid(unsafe_code)]
+#![cfg_attr(test, allow(clippy::unwrap_used, reason = "tests"))]
 
 mod auth;
 mod ca;

@@ -1,4 +1,5 @@
 //! The program itself, over TLS: xDS, certificates, reports, tokens, restarts.
+#![allow(clippy::unwrap_used, reason = "tests")]
 
 use std::{
     fs,

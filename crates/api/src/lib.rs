@@ -4,6 +4,7 @@
 //! wrong type or an impossible value is an error at the field that has it. Nothing here does I/O or knows where an
 //! object came from; the controller's sources do.
 #![forbid(unsafe_code)]
+#![cfg_attr(test, allow(clippy::unwrap_used, reason = "tests"))]
 
 pub mod discovery;
 pub mod enrollment;

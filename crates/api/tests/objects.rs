@@ -1,4 +1,5 @@
 //! What is read from an object, and where an error is said to be.
+#![allow(clippy::unwrap_used, reason = "tests")]
 
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
