@@ -14,7 +14,11 @@ use testbed::{PEER, POD, POD6, VIP, VIP6, World, accept, at, ends, ip, try_accep
 use weft_kernel::{Error, Kernel, LAYOUT_VERSION, Netns, Options, PodAddresses, Verdict, preflight};
 
 fn dial(world: &World) -> std::io::Result<TcpStream> {
-    world.pod.run(|| TcpStream::connect_timeout(&at(VIP, 80), Duration::from_secs(3)))
+    world.pod.run(|| {
+        let stream = TcpStream::connect_timeout(&at(VIP, 80), Duration::from_secs(3))?;
+        stream.set_read_timeout(Some(Duration::from_secs(3)))?;
+        Ok(stream)
+    })
 }
 
 #[test]
@@ -212,6 +216,16 @@ fn a_failed_enrolment_leaves_the_pod_as_it_was() {
     assert!(kernel.pods().unwrap().is_empty());
     assert_eq!(world.pod.fetch(at(VIP, 80)).unwrap(), format!("clear {POD}"));
     assert_eq!(world.pod.ip("rule show pref 32764"), "");
+}
+
+#[test]
+fn enrolling_and_opening_are_quick() {
+    let Some(world) = World::new() else { return };
+    let (kernel, opened) = testbed::timed(|| world.open());
+    let (_pod, enrolled) = testbed::timed(|| world.enroll(&kernel));
+    println!("opened in {opened} ms, enrolled in {enrolled} ms");
+    // Generous: a busy machine. A node with 250 pods restarts within seconds.
+    assert!(opened < 2000 && enrolled < 1000, "{opened} ms, {enrolled} ms");
 }
 
 #[test]

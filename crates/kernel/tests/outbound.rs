@@ -26,6 +26,7 @@ fn connect_with(
     world.pod.run(move || {
         let socket = Socket::new(domain, Type::STREAM, Some(protocol))?;
         prepare(&socket);
+        socket.set_read_timeout(Some(Duration::from_secs(3)))?;
         socket.connect_timeout(&to.into(), Duration::from_secs(3))?;
         Ok(socket.into())
     })
@@ -180,6 +181,10 @@ fn what_is_not_captured_is_plain_kernel_tcp() {
 fn a_pod_talks_to_itself_without_the_agent() {
     let Some(world) = World::new() else { return };
     let (kernel, _pod, listener) = world.published();
+    // Even where everything there is would be captured.
+    for net in ["0.0.0.0/0", "::/0"] {
+        kernel.set_capture(net.parse().unwrap(), Verdict::Capture).unwrap();
+    }
     world.pod.serve(at("0.0.0.0", 8080), "self");
     world.pod.serve(at("::1", 8081), "self6");
     world.pod.serve(at(POD6, 8082), "self6");

@@ -4,6 +4,7 @@
 //! so that no reader has to ask. Called by the hooks in `ebpf/src` and by the crate `weft-kernel`; knows neither
 //! maps nor system calls. A change of any layout here needs a new [`LAYOUT_VERSION`].
 #![cfg_attr(not(test), no_std)]
+#![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod address;
 mod capture;
