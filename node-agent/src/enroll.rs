@@ -124,7 +124,7 @@ impl Enroller {
                 Err(error) => warn!(%error, "removing what a predecessor left of pods that are gone"),
             }
         }
-        self.tell(pods);
+        self.tell(snapshot, pods);
     }
 
     /// Frees pods that lost their label, and forgets those that ceased to exist, while no agent was there.
@@ -159,14 +159,16 @@ impl Enroller {
         }
         for (uid, pod) in pods.enrolled.clone() {
             let local = snapshot.local.get(&uid);
-            let replaced = match local {
+            let gone = match local {
                 Some(local) => {
                     !same_pod(&pod, snapshot.mesh.workload(&uid))
                         || (check && !same_netns(&pod, &local.netns))
                 }
-                None => true,
+                // Deleted, but maybe still running: it stays captured as long as its namespace is there, or it would
+                // talk in the clear to the last.
+                None => check && !same_netns(&pod, pod.kernel.netns().path()),
             };
-            if replaced {
+            if gone {
                 info!(uid = %uid, "pod is gone");
                 pods.enrolled.remove(&uid);
                 pods.leaving.remove(&uid);
@@ -175,7 +177,7 @@ impl Enroller {
                 if let Err(error) = self.on_pod(&pod, |p| p.stop_capture()).await {
                     warn!(uid = %uid, %error, "removing a pod that is gone");
                 }
-            } else if local.is_some_and(|l| l.enroll) {
+            } else if local.is_none_or(|l| l.enroll) {
                 if pods.leaving.remove(&uid).is_some() {
                     pod.phase.send_replace(Phase::Hold);
                 }
@@ -235,7 +237,7 @@ impl Enroller {
                 continue;
             }
             let result = match snapshot.mesh.workload(uid) {
-                Some(workload) => self.enroll(workload.clone(), &local.netns).await,
+                Some(workload) => self.enroll(workload.clone(), &local.netns, pods).await,
                 None => Err("the controller wants it enrolled but has not said who it is".to_owned()),
             };
             match result {
@@ -257,19 +259,28 @@ impl Enroller {
         }
     }
 
-    async fn enroll(&self, workload: Arc<Workload>, netns: &Path) -> Result<Arc<PodHandle>, String> {
+    async fn enroll(
+        &self,
+        workload: Arc<Workload>,
+        netns: &Path,
+        pods: &Pods,
+    ) -> Result<Arc<PodHandle>, String> {
         if netns.as_os_str().is_empty() {
             return Err("its network namespace is not known: no annotation weft.dev/netns".into());
         }
         let addresses = PodAddresses::from_ips(workload.addresses.iter().copied());
         let path = netns.to_owned();
         let claimed = workload.addresses.clone();
+        let others: Vec<_> = pods.enrolled.values().map(|p| (p.kernel.cookie(), p.uid.clone())).collect();
         let enrolled = self.blocking(move |kernel| {
             let netns = Netns::open(&path).map_err(|e| e.to_string())?;
             // A namespace that does not own the pod's addresses is somebody else's.
             let owned = netns.addresses().map_err(|e| e.to_string())?;
             if let Some(missing) = claimed.iter().find(|a| !owned.contains(a)) {
                 return Err(format!("{} does not have the pod's address {missing}", path.display()));
+            }
+            if let Some((_, other)) = others.iter().find(|(cookie, _)| *cookie == netns.cookie()) {
+                return Err(format!("{} is the network namespace of {other}", path.display()));
             }
             kernel.enroll(netns, addresses).map_err(|e| e.to_string())
         });
@@ -296,7 +307,7 @@ impl Enroller {
         }
     }
 
-    fn tell(&self, pods: &Pods) {
+    fn tell(&self, snapshot: &Snapshot, pods: &Pods) {
         self.metrics.enrolled.set(pods.enrolled.len() as i64);
         let wanted: BTreeSet<_> = pods.enrolled.values().map(|p| p.identity().clone()).collect();
         self.identities.send_if_modified(|current| replace_if_changed(current, wanted));
@@ -309,7 +320,10 @@ impl Enroller {
                 .map(|(uid, f)| EnrollmentFailure { uid: uid.to_string(), message: f.message.clone() })
                 .collect(),
         };
-        self.report.send_if_modified(|current| replace_if_changed(current, report));
+        // A label that came back too fast for this agent to see it go leaves a pod that has to be reported again.
+        let published = |uid: &String| snapshot.mesh.workload(uid).is_none_or(|w| w.tunnel == Tunnel::Hbone);
+        let again = !report.enrolled_uids.iter().all(published);
+        self.report.send_if_modified(|current| replace_if_changed(current, report) || again);
         let enrolled = pods.enrolled.values().map(|pod| PodStatus {
             uid: pod.uid.to_string(),
             identity: Some(pod.identity().to_string()),
