@@ -62,6 +62,8 @@ fn identity(labels: &BTreeMap<String, String>, side: &str) -> String {
 }
 
 fn bytes(value: f64) -> String {
+    // The sum of nothing is -0.
+    let value = value + 0.0;
     match value {
         0.0..1e3 => format!("{value} B"),
         1e3..1e6 => format!("{:.1} kB", value / 1e3),
