@@ -6,6 +6,7 @@ mod common;
 
 use common::*;
 use rand::prelude::*;
+use std::io::Write;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_rustls::client::TlsStream;
@@ -276,15 +277,37 @@ fn early_bytes_arrive() {
         let far = Far::start(ca.identity(SERVER), Limits::default()).await;
         let app = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let to = app.local_addr().unwrap().to_string();
-        let mut raw = Raw::open(&ca, &far).await;
         let good: Headers<'_> = &[(b":method", b"CONNECT"), (b":authority", to.as_bytes())];
-        let mut bytes = headers_frames(1, good);
-        bytes.extend(frame(0, 1, 1, b"early"));
-        raw.0.write_all(&bytes).await.unwrap();
+        // More than rustls reads at once, so that some of it waits outside.
+        let early = vec![7; 12_000];
+        let mut bytes = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec();
+        bytes.extend(frame(4, 0, 0, &[]));
+        bytes.extend(headers_frames(1, good));
+        bytes.extend(frame(0, 1, 1, &early));
+
+        let connector = raw_client(Some(ca.leaf(&Leaf::of(CLIENT))), &["h2"], TLS13);
+        let name = "server.example".try_into().unwrap();
+        let mut tls = rustls::ClientConnection::new(connector.config().clone(), name).unwrap();
+        tls.writer().write_all(&bytes).unwrap();
+        let mut tcp = TcpStream::connect(far.address).await.unwrap();
+        loop {
+            let mut out = Vec::new();
+            while tls.wants_write() {
+                tls.write_tls(&mut out).unwrap();
+            }
+            tcp.write_all(&out).await.unwrap();
+            if !tls.is_handshaking() {
+                break;
+            }
+            let mut flight = [0; 8192];
+            let n = tcp.read(&mut flight).await.unwrap();
+            tls.read_tls(&mut &flight[..n]).unwrap();
+            tls.process_new_packets().unwrap();
+        }
         let (mut server, _) = app.accept().await.unwrap();
         let mut got = Vec::new();
         server.read_to_end(&mut got).await.unwrap();
-        assert_eq!(got, b"early");
+        assert!(got == early, "{} bytes", got.len());
     });
 }
 

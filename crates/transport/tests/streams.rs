@@ -7,7 +7,7 @@ mod common;
 use common::*;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::net::{TcpListener, TcpStream};
 use tokio::task::spawn_local;
 use tokio::time::{sleep, timeout};
 use weft_transport::*;
@@ -129,25 +129,28 @@ fn a_reset_behind_a_stall_is_noticed() {
     });
 }
 
+/// As when an agent is killed: neither application may believe that the other has finished.
 #[test]
 fn an_agent_that_drops_its_relay_resets_the_application() {
     run(async {
         let ca = Ca::new();
-        let (_near, far, app) = pair(Limits::default()).await;
-        let mine = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let far = Far::start(ca.identity(SERVER), Limits::default()).await;
+        let app = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let mine = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let mut client = TcpStream::connect(mine.local_addr().unwrap()).await.unwrap();
         let (accepted, _) = mine.accept().await.unwrap();
-        // A pool of the same CA as nobody's: the far side refuses it, so use a plain relay for the drop.
-        drop((ca, far));
-        let other = TcpStream::connect(app.local_addr().unwrap()).await.unwrap();
-        let (mut server, _) = app.accept().await.unwrap();
+        let (to, authority) = (far.address, app.local_addr().unwrap());
+        let pool = Pool::new(Limits::default());
+        let opened = pool.open(key(to), &ca.identity(CLIENT), request(authority), dial(to)).await.unwrap();
         let task =
-            spawn_local(async move { relay_plain(accepted, other, &Counters::default()).await.is_ok() });
+            spawn_local(async move { relay(accepted, opened.stream, &Counters::default()).await.is_ok() });
+        let (mut server, _) = app.accept().await.unwrap();
         client.write_all(b"a").await.unwrap();
         assert_eq!(server.read_u8().await.unwrap(), b'a');
         task.abort();
         assert!(is_reset(read_all(&mut client).await));
         assert!(is_reset(read_all(&mut server).await));
+        assert_eq!(far.relay_ended().await, "reset_by_peer");
     });
 }
 
@@ -203,7 +206,7 @@ fn bulk_both_ways_at_once() {
 #[test]
 fn plain_relay_carries_bulk_half_close_and_resets() {
     run(async {
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let connection = || async {
             let out = TcpStream::connect(address).await.unwrap();
@@ -242,13 +245,14 @@ fn a_stalled_stream_is_bounded_and_starves_nobody() {
         let (near, far, app) = pair(limits.clone()).await;
         // More stalled streams than one stream's window times four, which is where others run dry.
         let mut stalled = Vec::new();
+        let much: &'static [u8] = vec![7; 16 << 20].leak();
         for _ in 0..40 {
             let client = TcpStream::connect(near.address).await.unwrap();
             let (server, _) = app.accept().await.unwrap();
             // Keep the kernel's share out of the sum.
-            socket2::SockRef::from(&server).set_recv_buffer_size(16 << 10).unwrap();
+            socket2::SockRef::from(&server).set_recv_buffer_size(128 << 10).unwrap();
             let (reader, mut writer) = client.into_split();
-            spawn_local(async move { writer.write_all(&vec![7; 64 << 20]).await });
+            spawn_local(async move { writer.write_all(much).await });
             stalled.push((reader, server));
         }
         sleep(Duration::from_millis(500)).await;
@@ -278,21 +282,22 @@ fn a_stalled_stream_is_bounded_and_starves_nobody() {
 fn tiny_writes_to_a_stalled_reader_do_not_cost_the_tunnel() {
     run(async {
         // h2 lets a peer have half of the connection's window in bookkeeping.
-        let limits = Limits { stream_window: 128 << 10, max_concurrent_streams: 4, ..Limits::default() };
-        let (near, _far, app) = pair(limits).await;
+        let limits = Limits { stream_window: 6 << 20, max_concurrent_streams: 1, ..Limits::default() };
+        let (near, far, app) = pair(limits).await;
         let mut client = TcpStream::connect(near.address).await.unwrap();
         client.set_nodelay(true).unwrap();
         let (mut server, _) = app.accept().await.unwrap();
-        socket2::SockRef::from(&server).set_recv_buffer_size(64 << 10).unwrap();
-        let mut sent: usize = 0;
-        let piece = [9; 24];
-        while timeout(Duration::from_millis(300), client.write_all(&piece)).await.is_ok_and(|r| r.is_ok()) {
-            sent += piece.len();
-            assert!(sent < 64 << 20, "it never stalls");
-            if sent < 1 << 20 {
-                // Lets the relay read it alone.
-                tokio::task::yield_now().await;
-            }
+        // More than the kernel takes for a server that does not read.
+        let mut sent: usize = 5 << 20;
+        client.write_all(&vec![9; sent]).await.unwrap();
+        until(|| near.counters.borrow()[0].sent() == sent as u64).await;
+        sleep(Duration::from_millis(50)).await;
+        assert!(far.counters.borrow()[0].received() < sent as u64, "it stalls");
+        for _ in 0..40_000 {
+            client.write_all(&[9; 8]).await.unwrap();
+            sent += 8;
+            // Lets the relay read it alone.
+            tokio::task::yield_now().await;
         }
         let mut got = 0;
         let mut buffer = vec![0; 1 << 16];
