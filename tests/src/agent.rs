@@ -8,6 +8,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use nix::sys::signal::Signal;
+use nix::sys::socket::getsockopt;
+use nix::sys::socket::sockopt::PeerCredentials;
 
 use crate::bed::Bed;
 use crate::binaries::binary;
@@ -125,9 +127,11 @@ impl Agent {
         Metrics::parse(&get(&self.place.connect(address)?, "/metrics")?.body)
     }
 
-    /// GET on the admin socket.
+    /// GET on the admin socket, which must be served by this agent and not by a predecessor that drains.
     pub fn admin(&self, path: &str) -> Result<crate::http::Reply> {
         let socket = UnixStream::connect(self.admin_socket()).context("the admin socket")?;
+        let peer = getsockopt(&socket, PeerCredentials).context("who serves the admin socket")?.pid();
+        ensure!(peer == self.pid()? as i32, "the admin socket is still served by a predecessor");
         socket.set_read_timeout(Some(Duration::from_secs(10)))?;
         get(&socket, path)
     }

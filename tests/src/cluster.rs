@@ -17,6 +17,7 @@ use crate::poll::until;
 use crate::relay::Relay;
 use crate::topology::{Node, Topology};
 
+const LAST_WORDS: Duration = Duration::from_millis(100);
 const ENROLL_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Describes a cluster before it starts.
@@ -158,6 +159,21 @@ impl Service {
     /// Its cluster address over IPv6, with the port.
     pub fn at_v6(&self) -> SocketAddr {
         (self.v6, self.port).into()
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        if crate::bed::keeping() {
+            return;
+        }
+        // Programs that log from a thread of their own get their last lines out, for the case that this one failed.
+        crate::poll::pause(LAST_WORDS);
+        for agent in self.agents.values() {
+            let _ = agent.kill();
+            // The pins, and with them the programs at the root of all cgroups, which takes 64 of a kind at most.
+            crate::isolate::unmount(&agent.bpffs());
+        }
     }
 }
 

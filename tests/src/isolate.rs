@@ -159,3 +159,8 @@ pub fn mount_bpffs(path: &std::path::Path) -> Result<()> {
     mount(Some("bpf"), path, Some("bpf"), MsFlags::empty(), none)
         .with_context(|| format!("mounting a bpffs on {}", path.display()))
 }
+
+/// Unmounts what `mount_bpffs` mounted; the pins in it go with it.
+pub fn unmount(path: &std::path::Path) {
+    let _ = nix::mount::umount2(path, nix::mount::MntFlags::MNT_DETACH);
+}

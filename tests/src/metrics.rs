@@ -32,7 +32,8 @@ impl Metrics {
     /// Sum of the samples called `name` that carry all of `labels`. 0 where there is none: counters without a sample yet
     /// have counted nothing.
     pub fn sum(&self, name: &str, labels: &[(&str, &str)]) -> f64 {
-        self.matching(name, labels).map(|sample| sample.value).sum()
+        // Folded from +0: the sum of no floats is -0.
+        self.matching(name, labels).fold(0.0, |sum, sample| sum + sample.value)
     }
 
     /// Whether a sample called `name` carries all of `labels`.

@@ -140,13 +140,14 @@ fn authority(cluster: Builder) -> Result<()> {
     let legacy = shop.cluster.outside("legacy")?;
     let _legacy_echo = Server::start(&legacy, ECHO, servers::echo)?;
     let rogue = Rogue::with(Forged::good(&shop.client.identity()));
-    let ask = |authority: &str| rogue.connect(&shop.cluster, &legacy, shop.web.at(TUNNEL_PORT), authority);
+    let (tunnel, tunnel_v6) = (shop.web.at(TUNNEL_PORT), shop.web.at_v6(TUNNEL_PORT));
+    let ask = |authority: &str| rogue.connect(&shop.cluster, &legacy, tunnel, authority);
 
-    for own in [shop.web.at(ECHO), shop.web.at_v6(ECHO)] {
-        let status = ask(&own.to_string())?;
+    for (tunnel, own) in [(tunnel, shop.web.at(ECHO)), (tunnel_v6, shop.web.at_v6(ECHO))] {
+        let status = rogue.connect(&shop.cluster, &legacy, tunnel, &own.to_string())?;
         ensure!(status == 200, "the pod's own address {own} was answered with {status}");
     }
-    let before = neighbour_calls(&shop)?;
+    let before = admitted(&shop)?;
     let elsewhere = [
         neighbour.at(ECHO).to_string(),
         neighbour.at_v6(ECHO).to_string(),
@@ -168,12 +169,12 @@ fn authority(cluster: Builder) -> Result<()> {
         let outcome = ask(nonsense);
         ensure!(!matches!(outcome, Ok(200..=299)), "{nonsense} was let in: {outcome:?}");
     }
-    ensure!(neighbour_calls(&shop)? == before, "a connection was opened for a refused authority");
+    ensure!(admitted(&shop)? == before, "a connection was opened for a refused authority");
     Ok(())
 }
 
 /// Connections that the server's agent let into applications so far.
-fn neighbour_calls(shop: &Shop) -> Result<f64> {
+fn admitted(shop: &Shop) -> Result<f64> {
     crate::shop::opened(shop.west()?, &[("reporter", "destination"), ("security", "mutual_tls")])
 }
 

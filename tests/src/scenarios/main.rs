@@ -56,8 +56,11 @@ fn all() -> Vec<Scenario> {
 fn main() -> ExitCode {
     weft_testbed::helper::run_if_asked();
     let arguments = Arguments::parse();
-    let chosen: Vec<_> =
-        all().into_iter().filter(|scenario| scenario.name.contains(&arguments.name)).collect();
+    let mut chosen = all();
+    chosen.retain(|scenario| scenario.name.contains(&arguments.name));
+    if arguments.name == operations::VICTIM.name {
+        chosen.push(operations::VICTIM);
+    }
     if arguments.list {
         for scenario in &chosen {
             println!("{:40} {}", scenario.name, scenario.story);
