@@ -100,8 +100,7 @@ fn believes(cluster: Builder) -> Result<()> {
         must_be_refused_at_once(&shop.client, to)
             .context("while the client's agent believes the server outside")?;
     }
-    let refused =
-        shop.west()?.metrics()?.sum("weft_kernel_refused_total", &[("reason", "plaintext")]);
+    let refused = shop.west()?.metrics()?.sum("weft_kernel_refused_total", &[("reason", "plaintext")]);
     ensure!(refused >= 2.0, "the server's kernel counted {refused} refusals of plaintext");
 
     cluster.release("east")?;
