@@ -26,7 +26,9 @@ use crate::say;
 static GROUP: Mutex<Option<Pid>> = Mutex::new(None);
 /// The signal that ends us, 0 while there is none.
 static SIGNALLED: AtomicI32 = AtomicI32::new(0);
-const QUIET_FOR: Duration = Duration::from_secs(5);
+/// Signs of life: the first soon, so that nobody wonders, the others now and then.
+const FIRST_SIGN: Duration = Duration::from_secs(2);
+const NEXT_SIGN: Duration = Duration::from_secs(10);
 
 #[derive(Debug)]
 struct Interrupted(i32);
@@ -141,11 +143,11 @@ pub fn quietly(command: &mut Command, log: &Path, what: &str) -> Result<()> {
     let file = File::create(log).with_context(|| format!("cannot write {}", log.display()))?;
     let mut child = start(command.stdout(file.try_clone()?).stderr(file))?;
     let begin = Instant::now();
-    let mut spoke = begin;
+    let mut next = FIRST_SIGN;
     while child.try_wait()?.is_none() {
         thread::sleep(Duration::from_millis(50));
-        if spoke.elapsed() >= QUIET_FOR {
-            spoke = Instant::now();
+        if begin.elapsed() >= next {
+            next = begin.elapsed() + NEXT_SIGN;
             let last = tail(log, 1).pop().unwrap_or_default();
             say::progress(&format!("{:>4} s  {}", begin.elapsed().as_secs(), last.trim()));
         }

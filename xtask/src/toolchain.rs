@@ -157,7 +157,7 @@ fn build_linker(llvm: u32) -> Result<PathBuf> {
     }
     let root = own_linker()?;
     say::step(&format!(
-        "Building bpf-linker {LINKER_VERSION} into {} (about a minute, once)",
+        "Building bpf-linker {LINKER_VERSION} into {} (once; a minute or a few)",
         root.display()
     ));
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
@@ -168,7 +168,9 @@ fn build_linker(llvm: u32) -> Result<PathBuf> {
         .arg(format!("llvm-{llvm}"))
         .arg("--root")
         .arg(&root)
-        .env("LLVM_PREFIX", &prefix);
+        .env("LLVM_PREFIX", &prefix)
+        // Its own, thrown away after: not the workspace's.
+        .env_remove("CARGO_TARGET_DIR");
     run::quietly(&mut command, &tree::cache()?.join("bpf-linker.log"), "cargo install bpf-linker")
         .with_context(|| by_hand.clone())?;
     linker().with_context(|| format!("bpf-linker was built and does not run; {by_hand}"))
