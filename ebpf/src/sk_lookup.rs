@@ -85,19 +85,18 @@ fn steer(ctx: &SkLookupContext, local: &Address, remote: &Address, own: &Address
     if remote.is(own) || remote.is_loopback() {
         return PASS;
     }
-    if port != TUNNEL_PORT as u32 && maps::is_refused_source(remote) && published() {
+    let Some(pod) = maps::pod(COOKIE.load()) else {
+        // Not enrolled yet, or not any more: an enrolment that failed half way must not cut the pod off.
+        return PASS;
+    };
+    // Before its own agent has seen it published, a pod still takes plaintext from everyone, through the agent.
+    if port != TUNNEL_PORT as u32 && !pod.on_hold() && maps::is_refused_source(remote) {
         // A drop is answered with a reset: the caller learns at once.
         maps::count(Counter::RefusedPlaintext);
         info!(ctx, "refused plaintext from {:i}", remote.octets());
         return DROP;
     }
     to_agent(ctx, remote)
-}
-
-/// Before its own agent has seen it published, a pod still takes plaintext from everyone, through the agent.
-#[inline(always)]
-fn published() -> bool {
-    maps::pod(COOKIE.load()).is_some_and(|pod| !pod.on_hold())
 }
 
 #[inline(always)]

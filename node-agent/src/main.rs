@@ -174,11 +174,7 @@ async fn serve(config: Arc<Config>, kernel: Arc<Kernel>) -> anyhow::Result<()> {
         types: state::TYPES.to_vec(),
         backoff: weft_xds::Backoff::default(),
     };
-    tokio::spawn(async move {
-        if let Err(error) = weft_xds::run(xds, update_tx, connected_tx).await {
-            warn!(%error, "the connection to the controller cannot be set up");
-        }
-    });
+    let mut xds = tokio::spawn(weft_xds::run(xds, update_tx, connected_tx));
     let views = http::Views {
         metrics,
         snapshots,
@@ -189,7 +185,11 @@ async fn serve(config: Arc<Config>, kernel: Arc<Kernel>) -> anyhow::Result<()> {
     };
     http::start(views, config.metrics_listen, config.ready_listen, &config.admin_socket)?;
 
-    until_told_to_stop(draining).await?;
+    tokio::select! {
+        stop = until_told_to_stop(draining) => stop?,
+        // It ends by itself only where its settings are unusable.
+        ended = &mut xds => ended?.context("the controller cannot be reached with these settings")?,
+    }
     drain.send_replace(true);
     info!(deadline = ?config.drain_deadline, "draining: no new connections, open ones may end");
     match tokio::time::timeout(config.drain_deadline, enrolling).await {

@@ -35,6 +35,8 @@ struct Arguments {
     #[arg(long)]
     mark: Option<u32>,
     #[arg(long)]
+    late_device: Option<String>,
+    #[arg(long)]
     device: Option<String>,
     #[arg(long)]
     fast_open: bool,
@@ -78,6 +80,12 @@ impl Attempt {
     /// Sets SO_BINDTODEVICE.
     pub fn device(mut self, device: &str) -> Attempt {
         self.arguments.extend(["--device".to_owned(), device.to_owned()]);
+        self
+    }
+
+    /// Sets SO_BINDTODEVICE once the connection is open, then waits a second for an answer.
+    pub fn late_device(mut self, device: &str) -> Attempt {
+        self.arguments.extend(["--late-device".to_owned(), device.to_owned()]);
         self
     }
 
@@ -136,6 +144,10 @@ fn attempt(arguments: &Arguments) -> Result<Outcome> {
     }
     let exchange = || -> std::io::Result<String> {
         let mut stream = dial.connect()?;
+        if let Some(device) = &arguments.late_device {
+            stream.set_read_timeout(Some(Duration::from_secs(1)))?;
+            socket2::SockRef::from(&stream).bind_device(Some(device.as_bytes()))?;
+        }
         if !arguments.fast_open {
             stream.write_all(line.as_bytes())?;
         }

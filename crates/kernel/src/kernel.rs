@@ -211,13 +211,13 @@ impl Kernel {
         })
     }
 
-    /// Removes what is pinned for pods whose cookie is not in `keep`, and says which. For pods that are gone; a pod
-    /// that still runs would talk in the clear.
+    /// Removes what is pinned for pods whose cookie is not in `keep` and whose network namespace has ended, and says
+    /// which. One whose namespace is still there stays captured: it may run, and would talk in the clear.
     pub fn remove_stale(&self, keep: &HashSet<u64>) -> Result<Vec<u64>, Error> {
         let _enrolling = self.shared.enrolling.lock().unwrap_or_else(PoisonError::into_inner);
         let mut removed = Vec::new();
         for pod in self.pods()? {
-            if !keep.contains(&pod.cookie) {
+            if !keep.contains(&pod.cookie) && !self.shared.has_live_namespace(pod.cookie)? {
                 self.shared.stop_capture(pod.cookie, Some(pod.slot))?;
                 removed.push(pod.cookie);
             }
@@ -283,6 +283,16 @@ impl Shared {
         };
         self.maps.put_pod(pin.cookie, entry)?;
         Ok((listener, port))
+    }
+
+    /// Whether a link pinned for the pod is still attached: the kernel detaches it when the namespace ends.
+    fn has_live_namespace(&self, cookie: u64) -> Result<bool, Error> {
+        for pin in self.pins.pods()?.into_iter().filter(|pin| pin.cookie == cookie) {
+            if link::is_attached(&self.pins.pod(pin))? {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// Takes the pod out of both hooks; the reverse order of `install`. All of its pins, whatever their slot.

@@ -38,6 +38,13 @@ pub fn attach_or_update(
     sys::pin(link.as_fd(), path).map_err(Error::io(failed("pinned")))
 }
 
+/// Whether the netns link pinned at `path` still has its namespace.
+pub fn is_attached(path: &Path) -> Result<bool, Error> {
+    let failed = || format!("the link {} could not be inspected", path.display());
+    let link = sys::open_pin(path).map_err(Error::io(failed()))?;
+    Ok(sys::link_info(link.as_fd()).map_err(Error::io(failed()))?.netns_inode() != 0)
+}
+
 /// Detaches the link pinned at `path` and removes the pin. Nothing pinned there is no error.
 pub fn remove(path: &Path) -> Result<(), Error> {
     match sys::open_pin(path) {

@@ -2,17 +2,24 @@
 //!
 //! ```text
 //! ip rule  add fwmark 0x111/0xfff lookup 100 pref 32764
-//! ip route add local default dev lo src POD table 100
+//! ip route add local default dev lo src POD table 100 metric 1
+//! ip route add local default dev EACH_OTHER_DEVICE src POD table 100 metric 1+INDEX
 //! ```
+//!
+//! The second kind of route is for a socket that is bound to a device after it was captured, which takes no privilege:
+//! the route by lo is not for it then, and without another its data would leave by that device, in the clear. A local
+//! route leads to lo whatever device it names, where such a socket's packets find nobody.
 //!
 //! rtnetlink is asynchronous, and a socket belongs to the namespace it was made in: so each call has a thread of its
 //! own, which lives in the pod's namespace and ends with the call.
 
 use crate::{Error, Netns, PodAddresses};
+use futures_util::TryStreamExt;
 use rtnetlink::{
     Handle, RouteMessageBuilder,
     packet_route::{
         AddressFamily,
+        link::LinkFlags,
         route::{RouteMessage, RouteScope, RouteType},
         rule::{RuleAction, RuleAttribute, RuleMessage},
     },
@@ -28,11 +35,14 @@ const PRIORITY: u32 = 32764;
 /// address of gets nothing: the connect hook refuses captured connections of that family.
 pub fn install(netns: &Netns, addresses: PodAddresses) -> Result<(), Error> {
     in_netns(netns, async |handle| {
+        let devices = devices(&handle).await?;
         if let Some(address) = addresses.v4 {
-            add(&handle, AddressFamily::Inet, route_v4(Some(address))).await?;
+            let routes = devices.iter().map(|device| route_v4(*device, Some(address)));
+            add(&handle, AddressFamily::Inet, routes).await?;
         }
         if let Some(address) = addresses.v6 {
-            add(&handle, AddressFamily::Inet6, route_v6(Some(address))).await?;
+            let routes = devices.iter().map(|device| route_v6(*device, Some(address)));
+            add(&handle, AddressFamily::Inet6, routes).await?;
         }
         Ok(())
     })
@@ -41,28 +51,53 @@ pub fn install(netns: &Netns, addresses: PodAddresses) -> Result<(), Error> {
 /// Removes both families' rule and route; what is not there is no error. Connections that are still captured break.
 pub fn remove(netns: &Netns) -> Result<(), Error> {
     in_netns(netns, async |handle| {
-        for (family, route) in [(AddressFamily::Inet, route_v4(None)), (AddressFamily::Inet6, route_v6(None))]
-        {
+        for family in [AddressFamily::Inet, AddressFamily::Inet6] {
             absent_is_fine(handle.rule().del(rule(family)).execute().await)
                 .map_err(netlink("the rule for captured connections could not be removed"))?;
-            absent_is_fine(handle.route().del(route).execute().await)
-                .map_err(netlink("the route for captured connections could not be removed"))?;
+        }
+        for device in devices(&handle).await? {
+            for route in [route_v4(device, None), route_v6(device, None)] {
+                absent_is_fine(handle.route().del(route).execute().await)
+                    .map_err(netlink("a route for captured connections could not be removed"))?;
+            }
         }
         Ok(())
     })
 }
 
-async fn add(handle: &Handle, family: AddressFamily, route: RouteMessage) -> Result<(), Error> {
-    // The route first: a rule without one would send captured connections on to the main table, in the clear.
-    handle.route().add(route).replace().execute().await.map_err(netlink(
-        "the route for captured connections could not be set (has the pod that address?)",
-    ))?;
+async fn add(
+    handle: &Handle,
+    family: AddressFamily,
+    routes: impl Iterator<Item = RouteMessage>,
+) -> Result<(), Error> {
+    // The routes first: a rule without them would send captured connections on to the main table, in the clear.
+    for route in routes {
+        handle.route().add(route).replace().execute().await.map_err(netlink(
+            "the route for captured connections could not be set (has the pod that address?)",
+        ))?;
+    }
     let mut request = handle.rule().add();
     *request.message_mut() = rule(family);
     match request.execute().await {
         Err(error) if errno(&error) == Some(libc::EEXIST) => Ok(()),
         result => result.map_err(netlink("the rule for captured connections could not be set")),
     }
+}
+
+/// The index of every device that is up, lo first. One that comes up later has no route until the pod is enrolled again.
+async fn devices(handle: &Handle) -> Result<Vec<u32>, Error> {
+    let listed = handle.link().get().execute().try_collect::<Vec<_>>().await;
+    let links = listed.map_err(netlink("the pod's devices could not be listed"))?;
+    let up =
+        links.iter().filter(|link| link.header.flags.contains(LinkFlags::Up)).map(|link| link.header.index);
+    let mut devices: Vec<u32> = up.collect();
+    devices.sort_unstable();
+    Ok(devices)
+}
+
+/// lo is preferred; the others are for sockets that cannot use it.
+fn metric(device: u32) -> u32 {
+    if device == LOOPBACK_IFINDEX { 1 } else { 1 + device }
 }
 
 fn rule(family: AddressFamily) -> RuleMessage {
@@ -78,12 +113,13 @@ fn rule(family: AddressFamily) -> RuleMessage {
     rule
 }
 
-fn route_v4(source: Option<Ipv4Addr>) -> RouteMessage {
+fn route_v4(device: u32, source: Option<Ipv4Addr>) -> RouteMessage {
     let route = RouteMessageBuilder::<Ipv4Addr>::new()
         .table_id(TABLE.into())
         .kind(RouteType::Local)
         .scope(RouteScope::Host)
-        .output_interface(LOOPBACK_IFINDEX);
+        .output_interface(device)
+        .priority(metric(device));
     // Without a source the kernel takes the destination's address for it.
     match source {
         Some(source) => route.pref_source(source).build(),
@@ -91,11 +127,12 @@ fn route_v4(source: Option<Ipv4Addr>) -> RouteMessage {
     }
 }
 
-fn route_v6(source: Option<Ipv6Addr>) -> RouteMessage {
+fn route_v6(device: u32, source: Option<Ipv6Addr>) -> RouteMessage {
     let route = RouteMessageBuilder::<Ipv6Addr>::new()
         .table_id(TABLE.into())
         .kind(RouteType::Local)
-        .output_interface(LOOPBACK_IFINDEX);
+        .output_interface(device)
+        .priority(metric(device));
     match source {
         Some(source) => route.pref_source(source).build(),
         None => route.build(),

@@ -8,7 +8,7 @@
 //!
 //! * The whole difference of one type travels in one response, so a consumer never sees half a change.
 //! * At most one response of a type is unanswered; what changes meanwhile is coalesced into the next one.
-//! * Within one snapshot types are sent in a fixed order, addresses first and a node's own workloads last, and the
+//! * Within one snapshot types are sent in a fixed order, settings first and a node's own workloads last, and the
 //!   client hands updates to its consumer one at a time in the order of the stream.
 //! * A server that has nothing to serve yet says nothing: an empty answer would tell clients to forget all they know.
 #![forbid(unsafe_code)]

@@ -2,11 +2,11 @@
 
 use weft_proto::type_url;
 
-/// Sort key of a type: addresses first, a node's own workloads last, the rest between.
+/// Sort key of a type: the mesh's settings first, because reading the others takes them; then addresses; a node's own
+/// workloads last, the rest between.
 ///
 /// A node's own workloads make its agent install capture. By then it must know the addresses of the same snapshot, or
-/// it would hold connections to peers it could have been told about, and the mesh's settings, which say what to
-/// capture.
+/// it would hold connections to peers it could have been told about.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) struct TypeKey {
     rank: u8,
@@ -16,9 +16,10 @@ pub(crate) struct TypeKey {
 impl TypeKey {
     pub(crate) fn new(url: &str) -> TypeKey {
         let rank = match url {
-            type_url::ADDRESS => 0,
-            type_url::LOCAL_WORKLOAD => 2,
-            _ => 1,
+            type_url::MESH_CONFIG => 0,
+            type_url::ADDRESS => 1,
+            type_url::LOCAL_WORKLOAD => 3,
+            _ => 2,
         };
         TypeKey { rank, url: url.to_owned() }
     }

@@ -12,7 +12,7 @@ async fn the_first_state_arrives_in_order_and_empty_types_say_so() {
     let controller =
         Controller::start(Some(snapshot(&[(ADDRESS, "a", "1"), (ADDRESS, "b", "1")], &[]))).await;
     let mut agent = Agent::start("n1", controller.address);
-    assert_eq!(agent.sync().await, ["address! +a=1 +b=1", "config!", "local!"]);
+    assert_eq!(agent.sync().await, ["config!", "address! +a=1 +b=1", "local!"]);
     agent.nothing().await;
     assert!(*agent.connected.borrow());
     eventually(SOON, || controller.stats.acks() == 3).await;
@@ -31,8 +31,8 @@ async fn a_change_arrives_as_one_difference() {
     controller.publish_items(&[(ADDRESS, "b", "2"), (ADDRESS, "c", "1")]);
     agent.nothing().await;
     controller.publish_items(&[(MESH_CONFIG, "mesh", "1")]);
-    assert_eq!(agent.apply().await, "address -b -c");
     assert_eq!(agent.apply().await, "config +mesh=1");
+    assert_eq!(agent.apply().await, "address -b -c");
     agent.nothing().await;
 }
 
@@ -40,11 +40,11 @@ async fn a_change_arrives_as_one_difference() {
 async fn types_of_one_snapshot_keep_their_order() {
     let controller = Controller::start(Some(snapshot(&[], &[]))).await;
     let mut agent = Agent::start("n1", controller.address);
-    assert_eq!(agent.sync().await, ["address!", "config!", "local!"]);
+    assert_eq!(agent.sync().await, ["config!", "address!", "local!"]);
     for round in ["1", "2", "3", "4", "5"] {
         let shared = [(MESH_CONFIG, "mesh", round), (ADDRESS, "a", round)];
         controller.publish(snapshot(&shared, &[("n1", &[(LOCAL_WORKLOAD, "l", round)])]));
-        let expected = ["address +a", "config +mesh", "local +l"].map(|text| format!("{text}={round}"));
+        let expected = ["config +mesh", "address +a", "local +l"].map(|text| format!("{text}={round}"));
         assert_eq!(agent.sync().await, expected);
     }
 }
