@@ -56,6 +56,12 @@ fn unheard(cluster: Builder) -> Result<()> {
             .context("while the news is held")?;
     }
 
+    // A pod that nobody has announced would take it: only the client's own agent stands between.
+    let unknown = cluster.pod_unannounced("shop/unknown", "west", "default")?;
+    let _unknown_echo = Server::start(&unknown, ECHO, servers::echo)?;
+    must_be_refused(&shop.client, unknown.at(ECHO), &secret, Duration::from_secs(15))
+        .context("an address in range that nobody has heard of")?;
+
     // One that waits when the news comes is let through, or refused where the first news it hears is that the pod is
     // there but not in the mesh yet: the server's node does not take plaintext any more.
     let mut waiting = shop.client.connect(late.at(ECHO)).context("a connection that is to be held")?;
@@ -70,7 +76,7 @@ fn unheard(cluster: Builder) -> Result<()> {
     cluster.wait_enrolled(&[&late])?;
     weft_testbed::traffic::call(&shop.client, late.at_v6(ECHO), &secret)?;
 
-    let enrolled = addresses(&[&shop.web, &shop.client, &late]);
+    let enrolled = addresses(&[&shop.web, &shop.client, &late, &unknown]);
     let recording = capture.stop()?;
     recording.nothing_in_the_clear(start, &enrolled, secret.as_bytes())?;
     ensure!(recording.tunnel_bytes(start) > 2 * secret.len() as u64, "the last calls did not go by tunnel");
