@@ -30,15 +30,40 @@ pub fn measure(runs: u32) -> Result<Vec<Series>> {
     ];
     for run in 1..=runs {
         for (series, value) in all.iter_mut().zip(one(run)?) {
-            series.add_alone(value);
+            series.add_memory(value.resident, value.anonymous);
             eprintln!("{}", series.progress(run, runs));
         }
     }
     Ok(all.into())
 }
 
+/// In MB of 10^6 bytes. `resident` (VmRSS) counts the program's pages in full, though both agents share them, as on a
+/// node of its own; `anonymous` (RssAnon) is heap and stacks.
+#[derive(Clone, Copy, Debug, Default)]
+struct Memory {
+    resident: f64,
+    anonymous: f64,
+}
+
+impl Memory {
+    fn of(pid: u32) -> Result<Memory> {
+        let path = format!("/proc/{pid}/status");
+        let status = std::fs::read_to_string(&path).with_context(|| path.clone())?;
+        let field = |name: &str| -> Result<f64> {
+            let line = status.lines().find_map(|line| line.strip_prefix(name));
+            let kilobytes = line.and_then(|value| value.trim().trim_end_matches(" kB").parse::<f64>().ok());
+            Ok(kilobytes.with_context(|| format!("{path} has no {name}"))? * 1024.0 / 1e6)
+        };
+        Ok(Memory { resident: field("VmRSS:")?, anonymous: field("RssAnon:")? })
+    }
+
+    fn or_larger(self, other: Memory) -> Memory {
+        if other.resident > self.resident { other } else { self }
+    }
+}
+
 /// Idle, load, a thousand.
-fn one(run: u32) -> Result<[f64; 3]> {
+fn one(run: u32) -> Result<[Memory; 3]> {
     let cluster = Cluster::new(&format!("memory-{run}")).node("north").node("south").start()?;
     let client = cluster.pod("mesh/client", "north")?;
     let server = cluster.pod("mesh/server", "south")?;
@@ -70,7 +95,7 @@ fn open(client: &Pod, server: &Pod) -> Result<TcpStream> {
 }
 
 /// The most seen while 64 connections ask as fast as they can.
-fn under_load(cluster: &Cluster, client: &Pod, server: &Pod) -> Result<f64> {
+fn under_load(cluster: &Cluster, client: &Pod, server: &Pod) -> Result<Memory> {
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
         let load = scope.spawn(|| {
@@ -78,9 +103,9 @@ fn under_load(cluster: &Cluster, client: &Pod, server: &Pod) -> Result<f64> {
             done.store(true, Ordering::SeqCst);
             result
         });
-        let mut most: f64 = 0.0;
+        let mut most = Memory::default();
         while !done.load(Ordering::SeqCst) {
-            most = most.max(larger(cluster)?);
+            most = most.or_larger(larger(cluster)?);
             poll::pause(Duration::from_millis(100));
         }
         load.join().map_err(|_| anyhow!("the thread that makes the load panicked"))??;
@@ -88,14 +113,9 @@ fn under_load(cluster: &Cluster, client: &Pod, server: &Pod) -> Result<f64> {
     })
 }
 
-/// Resident memory of the larger of the two agents, in MB of 10^6 bytes. RSS counts its program's pages in full, though
-/// both agents share them, as on a node of its own.
-fn larger(cluster: &Cluster) -> Result<f64> {
-    let mut most = 0;
-    for agent in cluster.agents() {
-        most = most.max(agent.resident_bytes()?);
-    }
-    Ok(most as f64 / 1e6)
+/// Of the larger of the two agents.
+fn larger(cluster: &Cluster) -> Result<Memory> {
+    cluster.agents().try_fold(Memory::default(), |most, agent| Ok(most.or_larger(Memory::of(agent.pid()?)?)))
 }
 
 /// Long enough for what is under way to end.

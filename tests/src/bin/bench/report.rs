@@ -19,11 +19,20 @@ pub struct Series {
     floor: Option<Floor>,
     direct: Vec<f64>,
     weft: Vec<f64>,
+    /// The part of `weft` that is the agent's own data, where it is memory.
+    anonymous: Vec<f64>,
 }
 
 impl Series {
     pub fn new(name: &str, unit: &'static str, floor: Option<Floor>) -> Series {
-        Series { name: name.to_owned(), unit, floor, direct: Vec::new(), weft: Vec::new() }
+        Series {
+            name: name.to_owned(),
+            unit,
+            floor,
+            direct: Vec::new(),
+            weft: Vec::new(),
+            anonymous: Vec::new(),
+        }
     }
 
     /// One round of both.
@@ -32,9 +41,10 @@ impl Series {
         self.weft.push(weft);
     }
 
-    /// One round of something that plain TCP has no counterpart of.
-    pub fn add_alone(&mut self, weft: f64) {
-        self.weft.push(weft);
+    /// One round of memory, which plain TCP has no counterpart of: all of it, and the part that is data.
+    pub fn add_memory(&mut self, resident: f64, anonymous: f64) {
+        self.weft.push(resident);
+        self.anonymous.push(anonymous);
     }
 
     /// A line about the newest round.
@@ -42,7 +52,11 @@ impl Series {
         let weft = self.weft.last().copied().unwrap_or_default();
         let figures = match self.direct.last() {
             Some(direct) => format!("direct {}, weft {}", number(*direct), number(weft)),
-            None => number(weft),
+            None => format!(
+                "{} ({} anonymous)",
+                number(weft),
+                number(self.anonymous.last().copied().unwrap_or_default())
+            ),
         };
         format!("run {run} of {runs}: {}: {figures} {}", self.name, self.unit)
     }
@@ -58,6 +72,11 @@ impl Series {
     /// The median of the rounds' ratios: both sides of one round saw the same machine.
     fn ratio(&self) -> Option<f64> {
         median(&self.direct.iter().zip(&self.weft).map(|(direct, weft)| weft / direct).collect::<Vec<_>>())
+    }
+
+    fn remark(&self) -> String {
+        let anonymous = median(&self.anonymous).map(|value| format!("({} anonymous)", number(value)));
+        [self.floor(), anonymous.unwrap_or_default()].join(" ").trim().to_owned()
     }
 
     fn floor(&self) -> String {
@@ -112,7 +131,7 @@ pub fn table(all: &[Series], runs: u32) -> String {
             text(series.direct()),
             text(series.weft()),
             series.ratio().map_or_else(|| "-".to_owned(), |ratio| format!("{ratio:.2}")),
-            series.floor(),
+            series.remark(),
         ]
     }));
     let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
@@ -126,7 +145,8 @@ pub fn table(all: &[Series], runs: u32) -> String {
     }
     let runs = if runs == 1 { "One run".to_owned() } else { format!("Medians of {runs} runs") };
     printed.push_str(&format!(
-        "{runs}. Ratio: weft / direct, round by round (for p99, higher is slower). RSS: the larger of the two agents.\n"
+        "{runs}. Ratio: weft / direct, round by round (for p99, higher is slower). Memory: resident, of the\n\
+         larger of the two agents; anonymous is its data, the rest is mostly its program.\n"
     ));
     printed
 }
@@ -150,7 +170,7 @@ mod tests {
             stream.add(direct, weft);
         }
         let mut memory = Series::new("memory-1000", "MB RSS", Some(Floor::AtMost(20.0)));
-        memory.add_alone(25.0);
+        memory.add_memory(25.0, 9.0);
         vec![stream, memory]
     }
 
@@ -183,6 +203,23 @@ mod tests {
         let words =
             |line: usize| table.lines().nth(line).unwrap_or_default().split_whitespace().collect::<Vec<_>>();
         assert_eq!(words(1), ["stream-1", "Gbit/s", "12.0", "3.00", "0.30", "0.29", "met"]);
-        assert_eq!(words(2), ["memory-1000", "MB", "RSS", "-", "25.0", "-", "20", "MB", "RSS", "NOT", "MET"]);
+        assert_eq!(
+            words(2),
+            [
+                "memory-1000",
+                "MB",
+                "RSS",
+                "-",
+                "25.0",
+                "-",
+                "20",
+                "MB",
+                "RSS",
+                "NOT",
+                "MET",
+                "(9.00",
+                "anonymous)"
+            ]
+        );
     }
 }
