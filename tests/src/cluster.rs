@@ -1,7 +1,7 @@
 //! A cluster: nodes, pods, the controller, the agents, and the directory that stands for the API server.
 
 use std::collections::BTreeMap;
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -13,6 +13,7 @@ use crate::capture::Capture;
 use crate::control::Controller;
 use crate::manifest::{Directory, Labels, MESH_LABEL, PodManifest, ServiceManifest};
 use crate::place::Place;
+use crate::pod::{Pod, Service};
 use crate::poll::until;
 use crate::relay::Relay;
 use crate::topology::{Node, Topology};
@@ -100,66 +101,6 @@ struct Objects {
     namespaces: BTreeMap<String, Labels>,
     pods: BTreeMap<String, PodManifest>,
     services: u8,
-}
-
-/// A pod: a place, and who it is.
-#[derive(Clone, Debug)]
-pub struct Pod {
-    place: Place,
-    namespace: String,
-    name: String,
-    node: String,
-    service_account: String,
-}
-
-impl std::ops::Deref for Pod {
-    type Target = Place;
-
-    fn deref(&self) -> &Place {
-        &self.place
-    }
-}
-
-impl Pod {
-    /// The workload's uid, as the controller makes it.
-    pub fn uid(&self) -> String {
-        format!("Kubernetes//Pod/{}/{}", self.namespace, self.name)
-    }
-
-    /// Name of its node.
-    pub fn node(&self) -> &str {
-        &self.node
-    }
-
-    /// Name of its namespace.
-    pub fn namespace(&self) -> &str {
-        &self.namespace
-    }
-
-    /// Its SPIFFE identity in the default trust domain.
-    pub fn identity(&self) -> String {
-        format!("spiffe://cluster.local/ns/{}/sa/{}", self.namespace, self.service_account)
-    }
-}
-
-/// A service and its cluster addresses.
-#[derive(Clone, Copy, Debug)]
-pub struct Service {
-    pub v4: Ipv4Addr,
-    pub v6: Ipv6Addr,
-    pub port: u16,
-}
-
-impl Service {
-    /// Its cluster address over IPv4, with the port.
-    pub fn at(&self) -> SocketAddr {
-        (self.v4, self.port).into()
-    }
-
-    /// Its cluster address over IPv6, with the port.
-    pub fn at_v6(&self) -> SocketAddr {
-        (self.v6, self.port).into()
-    }
 }
 
 impl Drop for Cluster {
