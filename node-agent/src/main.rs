@@ -40,6 +40,10 @@ use crate::{
     worker::{Shared, Workers},
 };
 
+/// Gives memory back after a burst, which the C library's allocator does not; how soon is set in `.cargo/config.toml`.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 /// The agent of one node: carries the traffic of enrolled pods over mutual TLS.
 #[derive(Parser)]
 #[command(

@@ -24,7 +24,7 @@ async fn a_wrong_or_missing_token_is_refused_and_a_right_one_is_picked_up() {
     assert_eq!(controller.stats.refused(), refused);
 
     std::fs::write(&token, "  let-me-in-n1 \n").unwrap();
-    assert_eq!(agent.apply().await, "address! +a=1");
+    assert_eq!(agent.sync().await, ["config!", "address! +a=1", "local!"]);
     assert!(agent.node.directory.path().exists());
 }
 

@@ -147,8 +147,8 @@ async fn a_rejected_change_that_is_taken_back_leaves_nothing_to_send() {
 async fn a_type_stays_first_until_it_is_accepted_and_dropping_an_update_rejects_it() {
     let controller = Controller::start(Some(snapshot(&[(ADDRESS, "a", "bad")], &[]))).await;
     let mut agent = Agent::start("n1", controller.address);
-    drop(agent.next().await);
     assert_eq!(agent.apply().await, "config!");
+    drop(agent.next().await);
     assert_eq!(agent.apply().await, "local!");
     eventually(SOON, || controller.stats.nacks() == 1).await;
     controller.publish_items(&[(ADDRESS, "a", "1")]);
@@ -162,7 +162,7 @@ async fn each_node_sees_its_own() {
     let controller = Controller::start(Some(snapshot(&[(ADDRESS, "a", "1")], MULTI))).await;
     let mut agents = ["n1", "n2", "n3"].map(|name| Agent::start(name, controller.address));
     for (agent, own) in agents.iter_mut().zip(["local! +mine=1", "local! +theirs=1", "local!"]) {
-        assert_eq!(agent.sync().await, ["address! +a=1", "config!", own]);
+        assert_eq!(agent.sync().await, ["config!", "address! +a=1", own]);
     }
     let own = [MULTI[0], ("n2", &[(LOCAL_WORKLOAD, "theirs", "2")] as &[_])];
     controller.publish(snapshot(&[(ADDRESS, "a", "1")], &own));
@@ -179,7 +179,7 @@ async fn a_server_without_a_snapshot_holds_its_streams() {
     agent.connected_becomes(true).await;
     agent.nothing().await;
     controller.publish_items(&[(ADDRESS, "a", "1")]);
-    assert_eq!(agent.sync().await, ["address! +a=1", "config!", "local!"]);
+    assert_eq!(agent.sync().await, ["config!", "address! +a=1", "local!"]);
     controller.unpublish();
     agent.nothing().await;
     assert!(*agent.connected.borrow());

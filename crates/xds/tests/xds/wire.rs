@@ -128,6 +128,7 @@ async fn malformed_requests_end_their_stream_and_no_other() {
     assert_eq!(ended.code(), Code::ResourceExhausted);
     controller.streams_become(1).await;
     controller.publish_items(&[(ADDRESS, "a", "2"), (MESH_CONFIG, "mesh", "1")]);
+    assert_eq!(agent.apply().await, "config +mesh=1");
     assert_eq!(agent.apply().await, "address +a=2");
     eventually(SOON, || controller.stats.streams() == 1).await;
 }
