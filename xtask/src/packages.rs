@@ -94,7 +94,7 @@ pub fn install(packages: &[Package]) -> Result<()> {
         return Ok(());
     }
     let names: Vec<&str> = packages.iter().map(|package| package.name.as_str()).collect();
-    say::step(&format!("Installing {} Debian packages", names.len()));
+    say::step("Installing Debian packages");
     for package in packages {
         say::detail(&format!("{:<22} {}", package.name, package.why));
     }
