@@ -27,6 +27,13 @@ impl Moment {
     pub fn now() -> Moment {
         Moment(SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default())
     }
+
+    /// This moment, once what was sent in the clear just before has been acknowledged: on a busy machine the kernel sends
+    /// the last segment of a connection that has already ended once more, which is not what a later connection did.
+    pub fn after_plain_traffic() -> Moment {
+        crate::poll::pause(Duration::from_millis(300));
+        Moment::now()
+    }
 }
 
 /// A running recording.

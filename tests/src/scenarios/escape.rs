@@ -44,7 +44,7 @@ fn device(cluster: Builder) -> Result<()> {
             "it fails even before the label"
         );
     }
-    let label = Moment::now();
+    let label = Moment::after_plain_traffic();
     shop.enroll()?;
     for attempt in &attempts {
         let outcome = attempt.run(&shop.client)?;
@@ -114,7 +114,7 @@ fn fast_open(cluster: Builder) -> Result<()> {
             attempt(to).with_context(|| format!("Fast Open to {to} before the label"))?;
         }
     }
-    let label = Moment::now();
+    let label = Moment::after_plain_traffic();
     shop.enroll()?;
     for _ in 0..3 {
         for to in targets {

@@ -167,7 +167,7 @@ fn relabel(cluster: Builder) -> Result<()> {
     // And back in, to the same end as the first time.
     let capture = shop.cluster.capture()?;
     weft_testbed::traffic::call(&shop.client, shop.echoes()[0], &secret).context("out of the mesh")?;
-    let label = Moment::now();
+    let label = Moment::after_plain_traffic();
     shop.enroll()?;
     shop.check_echo(&secret).context("labelled again")?;
     capture.stop()?.encrypted_since(label, &shop.enrolled(), secret.as_bytes(), 4 * secret.len() as u64)

@@ -48,7 +48,7 @@ fn encrypted(cluster: Builder) -> Result<()> {
     curl_page(client, web.at(80), &page).context("before the label")?;
     curl_page(client, web.at_v6(80), &page).context("before the label")?;
 
-    let label = Moment::now();
+    let label = Moment::after_plain_traffic();
     shop.enroll()?;
     let mut verified = 0;
     for server in [web.at(80), web.at_v6(80)] {
@@ -184,7 +184,7 @@ fn jvm(cluster: Builder) -> Result<()> {
 
     let capture = shop.cluster.capture()?;
     check(&run()?).context("before the label")?;
-    let label = Moment::now();
+    let label = Moment::after_plain_traffic();
     shop.enroll()?;
     check(&run()?).context("enrolled")?;
     let verified = page.bytes.len() as u64;
@@ -242,7 +242,7 @@ fn first(cluster: Builder) -> Result<()> {
 
     let capture = shop.cluster.capture()?;
     use_both("plain IPv4", Place::at)?;
-    let label = Moment::now();
+    let label = Moment::after_plain_traffic();
     shop.enroll()?;
     use_both("IPv4", Place::at)?;
     use_both("IPv6", Place::at_v6)?;
