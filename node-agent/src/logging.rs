@@ -7,13 +7,18 @@ use anyhow::Context;
 use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::{EnvFilter, Registry, layer::SubscriberExt, reload, util::SubscriberInitExt};
 
+/// Lines that wait for a slow reader; beyond that they are dropped. The queue's memory is taken at the start.
+const QUEUED_LINES: usize = 8192;
+
 static FILTER: OnceLock<reload::Handle<EnvFilter, Registry>> = OnceLock::new();
 static DROPPED: OnceLock<ErrorCounter> = OnceLock::new();
 
 /// Starts logging. Lines still queued are written when the guard is dropped.
 pub fn start(filter: &str, json: bool) -> anyhow::Result<WorkerGuard> {
-    let (writer, guard): (NonBlocking, _) =
-        NonBlockingBuilder::default().lossy(true).finish(std::io::stderr());
+    let (writer, guard): (NonBlocking, _) = NonBlockingBuilder::default()
+        .lossy(true)
+        .buffered_lines_limit(QUEUED_LINES)
+        .finish(std::io::stderr());
     let _ = DROPPED.set(writer.error_counter());
     let parsed = EnvFilter::try_new(filter).with_context(|| format!("log filter {filter:?}"))?;
     let (layer, handle) = reload::Layer::new(parsed);
