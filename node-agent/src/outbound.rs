@@ -59,12 +59,11 @@ async fn forward(
     };
     connection.via = Some(to);
     match workload {
-        // To itself, by way of a service: never leaves the pod.
+        // Unless it is the pod itself, by way of a service: that never leaves the pod and needs no tunnel.
         Some(workload) if workload.tunnel == Tunnel::Hbone && workload.uid != pod.uid => {
             let _load = worker.load_on(&workload.uid);
             connection.security = Security::mutual_tls;
             connection.destination.principal = Some(workload.identity.clone());
-            connection.via = Some(SocketAddr::new(to.ip(), TUNNEL_PORT));
             through_tunnel(worker, pod, &workload, app, to, connection).await
         }
         workload => {
@@ -128,6 +127,8 @@ async fn through_tunnel(
     to: SocketAddr,
     connection: &mut Connection,
 ) -> Result<(), Refusal> {
+    let tunnel = SocketAddr::new(to.ip(), TUNNEL_PORT);
+    connection.via = Some(tunnel);
     let timeout = worker.shared.config.hold_timeout;
     let mut identities = worker.shared.identities.clone();
     let tls = identities.get(pod.identity(), timeout).await.ok_or_else(|| {
@@ -136,7 +137,7 @@ async fn through_tunnel(
     let key = TunnelKey {
         pod: pod.kernel.cookie(),
         source: pod.identity().clone(),
-        to: SocketAddr::new(to.ip(), TUNNEL_PORT),
+        to: tunnel,
         expected: workload.identity.clone(),
     };
     let trace = traceparent();
@@ -148,7 +149,6 @@ async fn through_tunnel(
         forwarded: Some(format!("for=\"{}\"", connection.from)),
         traceparent: Some(trace),
     };
-    let tunnel = SocketAddr::new(to.ip(), TUNNEL_PORT);
     let opened = worker.pool.open(key, &tls, request, || pod.kernel.outbound_socket(tunnel)).await;
     let opened = opened.map_err(|error| {
         if let weft_transport::OpenError::Tls(refused) = &error {
