@@ -2,6 +2,7 @@
 
 use std::{
     net::SocketAddr,
+    pin::Pin,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -160,12 +161,11 @@ const REPORT_INTERVAL: Duration = Duration::from_secs(10);
 /// Runs `relaying` to its end with `connection` counted as open, its bytes as they flow, and its end logged; also where
 /// the future is dropped, because the pod went or the agent's time to drain was over.
 pub async fn carry(
-    connection: &mut Connection,
+    connection: &Connection,
     counters: &Counters,
-    relaying: impl Future<Output = Result<(), RelayError>>,
+    mut relaying: Pin<&mut impl Future<Output = Result<(), RelayError>>>,
 ) {
     let mut open = connection.opened(counters);
-    let mut relaying = std::pin::pin!(relaying);
     loop {
         match tokio::time::timeout(REPORT_INTERVAL, &mut relaying).await {
             Err(_) => open.report(),

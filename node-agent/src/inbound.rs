@@ -1,18 +1,18 @@
 //! Connections that reach an enrolled pod: tunnels from other agents, and plaintext from outside the mesh.
 
-use std::{net::SocketAddr, rc::Rc, sync::Arc};
+use std::{net::SocketAddr, pin::pin, rc::Rc, sync::Arc};
 
-use tokio::{net::TcpStream, task::spawn_local};
+use tokio::net::TcpStream;
 use tracing::warn;
 use weft_core::{AddressKind, TUNNEL_PORT};
-use weft_transport::{Counters, Incoming, relay, relay_plain, serve};
+use weft_transport::{Counters, Incoming, Stream, relay, relay_plain, serve};
 
 use crate::{
     connection::{Connection, Party, Refusal, carry},
     metrics::{Reporter, Security},
     pod::{Phase, PodHandle},
     state::Snapshot,
-    worker::{Worker, connected},
+    worker::{Worker, connected, spawn_for},
 };
 
 /// Serves one connection to the tunnel port.
@@ -35,14 +35,8 @@ pub async fn tunnel(
     let handler = {
         let (worker, pod) = (worker.clone(), pod.clone());
         move |incoming| {
-            let (worker, pod) = (worker.clone(), pod.clone());
-            spawn_local(async move {
-                let mut phase = pod.phase.subscribe();
-                tokio::select! {
-                    () = tunnelled(worker, pod.clone(), incoming) => {}
-                    _ = phase.wait_for(|p| *p == Phase::Gone) => {}
-                }
-            });
+            let (worker, incoming) = (worker.clone(), Box::new(incoming));
+            spawn_for(&pod, |pod| tunnelled(worker, pod, incoming));
         }
     };
     let draining = worker.shared.draining.clone();
@@ -55,7 +49,7 @@ pub async fn tunnel(
 }
 
 /// Serves one stream of a tunnel.
-async fn tunnelled(worker: Rc<Worker>, pod: Arc<PodHandle>, incoming: Incoming) {
+async fn tunnelled(worker: Rc<Worker>, pod: Arc<PodHandle>, incoming: Box<Incoming>) {
     let to = incoming.authority.as_ref().copied().unwrap_or(incoming.local_addr);
     let mut connection =
         Connection::new(worker.shared.metrics.clone(), Reporter::destination, incoming.peer_addr, to);
@@ -67,31 +61,42 @@ async fn tunnelled(worker: Rc<Worker>, pod: Arc<PodHandle>, incoming: Incoming) 
         workload: source.filter(|w| w.identity == incoming.peer),
         principal: Some(incoming.peer.clone()),
     };
-    let _open = pod.connection();
     let Ok(_permit) = pod.permits.try_acquire() else {
         incoming.refuse(503, "too many connections");
         return connection.refused(&Refusal::new("too_many_connections", "the pod's limit is reached"));
     };
-    let to = match check(&pod, &incoming) {
+    // What is needed to answer is not needed any more once the stream flows.
+    match Box::pin(answer(&worker, &pod, incoming)).await {
+        Ok((app, stream)) => {
+            let counters = Counters::default();
+            carry(&connection, &counters, pin!(relay(app, stream, &counters))).await;
+        }
+        Err(refusal) => connection.refused(&refusal),
+    }
+}
+
+/// Connects to the application and accepts the stream, or refuses it with the reason.
+async fn answer(
+    worker: &Worker,
+    pod: &PodHandle,
+    incoming: Box<Incoming>,
+) -> Result<(TcpStream, Stream), Refusal> {
+    let to = match check(pod, &incoming) {
         Ok(to) => to,
         Err((status, refusal)) => {
             incoming.refuse(status, &refusal.detail);
-            return connection.refused(&refusal);
+            return Err(refusal);
         }
     };
-    let app = match deliver(&worker, &pod, incoming.peer_addr, to).await {
-        Ok(app) => app,
+    match deliver(worker, pod, incoming.peer_addr, to).await {
+        Ok(app) => {
+            let stream = incoming.accept(None).map_err(|e| Refusal::new(e.reason(), e))?;
+            Ok((app, stream))
+        }
         Err(refusal) => {
             incoming.refuse(503, &refusal.detail);
-            return connection.refused(&refusal);
+            Err(refusal)
         }
-    };
-    match incoming.accept(None) {
-        Ok(stream) => {
-            let counters = Counters::default();
-            carry(&mut connection, &counters, relay(app, stream, &counters)).await;
-        }
-        Err(error) => connection.refused(&Refusal::new(error.reason(), error)),
     }
 }
 
@@ -127,32 +132,33 @@ pub async fn plain(
 ) {
     let mut connection = Connection::new(worker.shared.metrics.clone(), Reporter::destination, from, to);
     connection.destination = Party::workload(pod.workload.clone());
+    match Box::pin(admit(&worker, &pod, &mut connection)).await {
+        Ok(app) => {
+            let counters = Counters::default();
+            carry(&connection, &counters, pin!(relay_plain(app, stream, &counters))).await;
+        }
+        Err(refusal) => connection.refused(&refusal),
+    }
+}
+
+/// Connects to the application for a plaintext caller that may come in.
+async fn admit(worker: &Worker, pod: &PodHandle, connection: &mut Connection) -> Result<TcpStream, Refusal> {
+    let (from, to) = (connection.from, connection.to);
     let decide = |snapshot: &Snapshot| match snapshot.mesh.kind(from.ip()) {
         AddressKind::Unknown if snapshot.in_range(from.ip()) && !is_node_address(from) => None,
         kind => Some(kind),
     };
-    let kind = match worker.hold(decide).await {
-        Some(kind) => kind,
-        None => {
-            return connection
-                .refused(&Refusal::new("unknown_source", "nobody has heard of the caller's address"));
-        }
-    };
+    let unknown = || Refusal::new("unknown_source", "nobody has heard of the caller's address");
+    let kind = worker.hold(decide).await.ok_or_else(unknown)?;
     if matches!(kind, AddressKind::Enrolled | AddressKind::Meshed) && pod.phase() == Phase::Published {
-        return connection.refused(&Refusal::new(
+        return Err(Refusal::new(
             "plaintext_from_enrolled",
             "the caller is in the mesh and must use its tunnel",
         ));
     }
     // Whoever it says it is, nothing proves it: the workload is named, no principal is.
     connection.source = Party { workload: worker.snapshot().mesh.workload_at(from.ip()), principal: None };
-    match deliver(&worker, &pod, from, to).await {
-        Ok(app) => {
-            let counters = Counters::default();
-            carry(&mut connection, &counters, relay_plain(app, stream, &counters)).await;
-        }
-        Err(refusal) => connection.refused(&refusal),
-    }
+    deliver(worker, pod, from, to).await
 }
 
 /// Connects to the application from the caller's own address.

@@ -22,11 +22,12 @@ use std::{collections::BTreeSet, process::ExitCode, sync::Arc};
 
 use anyhow::{Context, bail};
 use clap::{Parser, Subcommand};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::{mpsc, watch},
 };
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 use weft_kernel::{Kernel, Options, preflight};
 use weft_proto::node::EnrollmentReport;
 use weft_transport::Limits;
@@ -125,6 +126,7 @@ fn run(settings: Settings) -> anyhow::Result<()> {
         object: None,
         debug_log: config.ebpf_log,
     };
+    raise_descriptor_limit();
     let report = preflight::run(&options);
     if !report.ok() {
         bail!("this kernel lacks what the agent needs:\n{report}");
@@ -133,6 +135,19 @@ fn run(settings: Settings) -> anyhow::Result<()> {
     // Control traffic, admin and metrics have a runtime of their own, so that the data path never waits for them.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(serve(config, kernel))
+}
+
+/// To the hard limit: every connection has two sockets, and the usual soft limit of 1024 is that of programs that call
+/// `select`.
+fn raise_descriptor_limit() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE).and_then(|(_, hard)| {
+        setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+        Ok(hard)
+    });
+    match raised {
+        Ok(limit) => debug!(limit, "open files"),
+        Err(error) => warn!(%error, "the limit of open files stays as it was"),
+    }
 }
 
 async fn serve(config: Arc<Config>, kernel: Arc<Kernel>) -> anyhow::Result<()> {

@@ -1,19 +1,19 @@
 //! Connections that an enrolled pod opened: find out who is meant, then carry the bytes there, through a tunnel to
 //! whoever is enrolled, as they are to whoever is known not to be.
 
-use std::{fmt::Write, net::SocketAddr, rc::Rc, sync::Arc};
+use std::{fmt::Write, net::SocketAddr, pin::pin, rc::Rc, sync::Arc};
 
 use rand::Rng;
 use tokio::net::TcpStream;
 use weft_core::{TUNNEL_PORT, Tunnel, Workload, mesh::Destination};
-use weft_transport::{ConnectRequest, Counters, TunnelKey, relay, relay_plain};
+use weft_transport::{ConnectRequest, Counters, Stream, TunnelKey, relay, relay_plain};
 
 use crate::{
     connection::{Connection, Party, Refusal, carry},
     metrics::{Reporter, Security},
     pod::{Phase, PodHandle},
     state::Snapshot,
-    worker::{Worker, connected},
+    worker::{Load, Worker, connected},
 };
 
 /// Where a connection goes.
@@ -36,18 +36,31 @@ pub async fn serve(
 ) {
     let mut connection = Connection::new(worker.shared.metrics.clone(), Reporter::source, from, to);
     connection.source = Party::workload(pod.workload.clone());
-    if let Err(refusal) = forward(&worker, &pod, app, &mut connection).await {
-        connection.refused(&refusal);
+    let counters = Counters::default();
+    // Opening needs several times the memory that carrying does, and is over soon.
+    match Box::pin(open(&worker, &pod, &mut connection)).await {
+        Ok((Far::Tunnel(stream), _load)) => {
+            carry(&connection, &counters, pin!(relay(app, stream, &counters))).await;
+        }
+        Ok((Far::Socket(socket), _load)) => {
+            carry(&connection, &counters, pin!(relay_plain(app, socket, &counters))).await;
+        }
+        Err(refusal) => connection.refused(&refusal),
     }
 }
 
-/// On success the connection was carried and recorded, whatever its end; an error is for the caller to record.
-async fn forward(
+/// The other side of a connection.
+enum Far {
+    Tunnel(Stream),
+    Socket(TcpStream),
+}
+
+/// Connects to whoever is meant by the dialled address.
+async fn open(
     worker: &Rc<Worker>,
     pod: &Arc<PodHandle>,
-    app: TcpStream,
     connection: &mut Connection,
-) -> Result<(), Refusal> {
+) -> Result<(Far, Option<Load>), Refusal> {
     wait_for_publication(worker, pod).await?;
     let (workload, to) = match route(worker, connection.to).await? {
         Route::Outside => (None, connection.to),
@@ -61,14 +74,15 @@ async fn forward(
     match workload {
         // Unless it is the pod itself, by way of a service: that never leaves the pod and needs no tunnel.
         Some(workload) if workload.tunnel == Tunnel::Hbone && workload.uid != pod.uid => {
-            let _load = worker.load_on(&workload.uid);
+            let load = worker.load_on(&workload.uid);
             connection.security = Security::mutual_tls;
             connection.destination.principal = Some(workload.identity.clone());
-            through_tunnel(worker, pod, &workload, app, to, connection).await
+            let stream = through_tunnel(worker, pod, &workload, to, connection).await?;
+            Ok((Far::Tunnel(stream), Some(load)))
         }
         workload => {
-            let _load = workload.map(|w| worker.load_on(&w.uid));
-            as_it_is(worker, pod, app, to, connection).await
+            let load = workload.map(|w| worker.load_on(&w.uid));
+            Ok((Far::Socket(as_it_is(worker, pod, to).await?), load))
         }
     }
 }
@@ -123,10 +137,9 @@ async fn through_tunnel(
     worker: &Rc<Worker>,
     pod: &Arc<PodHandle>,
     workload: &Workload,
-    app: TcpStream,
     to: SocketAddr,
     connection: &mut Connection,
-) -> Result<(), Refusal> {
+) -> Result<Stream, Refusal> {
     let tunnel = SocketAddr::new(to.ip(), TUNNEL_PORT);
     connection.via = Some(tunnel);
     let timeout = worker.shared.config.hold_timeout;
@@ -156,25 +169,14 @@ async fn through_tunnel(
         }
         Refusal::new(error.reason(), &error)
     })?;
-    let counters = Counters::default();
-    carry(connection, &counters, relay(app, opened.stream, &counters)).await;
-    Ok(())
+    Ok(opened.stream)
 }
 
 /// Plain TCP from the pod's own address.
-async fn as_it_is(
-    worker: &Rc<Worker>,
-    pod: &Arc<PodHandle>,
-    app: TcpStream,
-    to: SocketAddr,
-    connection: &mut Connection,
-) -> Result<(), Refusal> {
+async fn as_it_is(worker: &Rc<Worker>, pod: &Arc<PodHandle>, to: SocketAddr) -> Result<TcpStream, Refusal> {
     let refusal = |error: std::io::Error| Refusal::new("dial", format!("{to}: {error}"));
     let socket = pod.kernel.outbound_socket(to).map_err(refusal)?;
-    let far = connected(socket, worker.shared.limits.connect_timeout).await.map_err(refusal)?;
-    let counters = Counters::default();
-    carry(connection, &counters, relay_plain(app, far, &counters)).await;
-    Ok(())
+    connected(socket, worker.shared.limits.connect_timeout).await.map_err(refusal)
 }
 
 /// A new W3C trace context, not sampled: it ties the two agents' access log lines together.

@@ -207,31 +207,26 @@ impl Worker {
     }
 
     fn spawn(self: &Rc<Self>, accepted: Accepted) {
-        let worker = self.clone();
-        spawn_local(async move {
-            let mut phase = accepted.pod.phase.subscribe();
-            tokio::select! {
-                () = worker.serve(accepted) => {}
-                // The pod is gone: whatever is left of its connections is cut.
-                _ = phase.wait_for(|p| *p == Phase::Gone) => {}
-            }
-        });
-    }
-
-    async fn serve(self: Rc<Self>, accepted: Accepted) {
         let Accepted { pod, stream, permit, from, to } = accepted;
-        let _open = (pod.connection(), permit);
         let stream = match tokio::net::TcpStream::from_std(stream) {
             Ok(stream) => stream,
             Err(error) => return warn!(uid = %pod.uid, %error, "accepted socket cannot be used"),
         };
+        let worker = self.clone();
         match (pod.owns(from.ip()), pod.owns(to.ip())) {
-            (true, false) => outbound::serve(self, pod.clone(), stream, from, to).await,
-            (false, true) if to.port() == TUNNEL_PORT => {
-                inbound::tunnel(self, pod.clone(), stream, from, to).await
-            }
+            (true, false) => spawn_for(&pod, move |pod| async move {
+                let _permit = permit;
+                outbound::serve(worker, pod, stream, from, to).await;
+            }),
+            (false, true) if to.port() == TUNNEL_PORT => spawn_for(&pod, move |pod| async move {
+                let _permit = permit;
+                inbound::tunnel(worker, pod, stream, from, to).await;
+            }),
             (false, true) if to.port() != pod.kernel.listener_port() => {
-                inbound::plain(self, pod.clone(), stream, from, to).await;
+                spawn_for(&pod, move |pod| async move {
+                    let _permit = permit;
+                    inbound::plain(worker, pod, stream, from, to).await;
+                })
             }
             _ => {
                 let connection =
@@ -270,6 +265,24 @@ impl Worker {
         *self.load.borrow_mut().entry(uid.clone()).or_default() += 1;
         Load(self.clone(), uid.clone())
     }
+}
+
+/// Runs what `start` begins as a task of its own, counted as an open connection of `pod` and cut when the pod is gone.
+///
+/// Each kind of connection is a task of its own type: a task occupies what the largest of its branches may need.
+pub fn spawn_for<F>(pod: &Arc<PodHandle>, start: impl FnOnce(Arc<PodHandle>) -> F + 'static)
+where
+    F: Future<Output = ()>,
+{
+    let pod = pod.clone();
+    spawn_local(async move {
+        let _open = pod.connection();
+        let mut phase = pod.phase.subscribe();
+        tokio::select! {
+            () = start(pod.clone()) => {}
+            _ = phase.wait_for(|p| *p == Phase::Gone) => {}
+        }
+    });
 }
 
 /// See [`Worker::load_on`].

@@ -2,11 +2,13 @@
 
 use std::net::SocketAddr;
 use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::sync::Mutex;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::Signal;
 use nix::sys::socket::getsockopt;
 use nix::sys::socket::sockopt::PeerCredentials;
@@ -218,6 +220,10 @@ impl Agent {
             ],
         );
         command.args(&self.flags);
+        // What a service manager gives; an agent that needs more raises it.
+        let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+        // SAFETY: the closure makes one system call, no allocation, no lock.
+        unsafe { command.pre_exec(move || Ok(setrlimit(Resource::RLIMIT_NOFILE, 1024, hard)?)) };
         self.place.start_command(log_name(number).trim_end_matches(".log"), command)
     }
 

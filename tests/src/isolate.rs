@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use anyhow::{Context, Result, bail};
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use nix::sys::signal::{SaFlags, SigAction, SigHandler, SigSet, Signal, sigaction};
 use nix::sys::wait::{WaitStatus, waitpid};
 use nix::unistd::{ForkResult, Pid, fork, geteuid};
@@ -37,6 +38,8 @@ fn outer(inner: impl FnOnce() -> u8) -> Result<u8> {
     if !geteuid().is_root() {
         bail!("the test bed makes network namespaces and loads eBPF programs: run it as root (sudo)");
     }
+    let (_, most) = getrlimit(Resource::RLIMIT_NOFILE).context("RLIMIT_NOFILE")?;
+    setrlimit(Resource::RLIMIT_NOFILE, most, most).context("RLIMIT_NOFILE")?;
     forward_signals()?;
     unshare(CloneFlags::CLONE_NEWPID).context("unshare(CLONE_NEWPID): is CAP_SYS_ADMIN missing?")?;
     // SAFETY: the process has one thread, so the child may go on as any program would.

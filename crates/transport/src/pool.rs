@@ -253,7 +253,8 @@ impl Pool {
         self.sweep();
         spawn_local(async move {
             let most = limits.max_streams_per_tunnel.max(1);
-            let result = client::establish(socket, &key, &tls, &limits).await;
+            // A handshake's memory is given back when it is over.
+            let result = Box::pin(client::establish(socket, &key, &tls, &limits)).await;
             drop((tls, limits));
             peer.handshakes.set(peer.handshakes.get() - 1);
             let (requests, driver) = match result {

@@ -146,8 +146,9 @@ pub async fn serve(
         let connection = Flushed { io: io.clone(), work: handshake }.await?;
         Ok::<_, ServeError>((io, peer, connection))
     };
-    let (io, peer, mut connection) =
-        timeout(limits.handshake_timeout, secure).await.map_err(|_| ServeError::Timeout)??;
+    // A handshake's memory is given back when it is over.
+    let secure = Box::pin(timeout(limits.handshake_timeout, secure));
+    let (io, peer, mut connection) = secure.await.map_err(|_| ServeError::Timeout)??;
     drop(tls);
 
     let mut draining = pin!(drained(drain));
