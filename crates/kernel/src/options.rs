@@ -10,7 +10,7 @@ pub struct Options {
     pub instance: String,
     /// A mounted bpffs; pins go to `weft/INSTANCE` below it.
     pub bpffs: PathBuf,
-    /// The root of cgroup2; found in `/proc/self/mountinfo` if not given.
+    /// The root of cgroup2; found among the mounts of process 1 if not given.
     pub cgroup_root: Option<PathBuf>,
     /// An object file instead of the embedded one, for developing the programs.
     pub object: Option<PathBuf>,
@@ -46,20 +46,25 @@ impl Options {
         if let Some(root) = &self.cgroup_root {
             return Ok(root.clone());
         }
-        let path = "/proc/self/mountinfo";
+        // A container may have a cgroup namespace of its own, whose root is the container's cgroup. The root that
+        // process 1 sees is the node's, as long as this process is in the node's PID namespace.
+        let path = "/proc/1/mountinfo";
         let mounts = std::fs::read_to_string(path).map_err(Error::io(format!("{path} could not be read")))?;
-        cgroup2_root(&mounts).ok_or(Error::NoCgroup)
+        let root = cgroup2_root(&mounts).ok_or(Error::NoCgroup)?;
+        Ok(Path::new("/proc/1/root").join(root.strip_prefix("/").unwrap_or(&root)))
     }
 }
 
 /// The mount point of cgroup2 whose root is the hierarchy's own (a bind mount of a sub-directory would leave out
-/// every process outside it). See proc_pid_mountinfo(5).
+/// every process outside it). Seen from a cgroup namespace further down, a root above it is written with `/..`. See
+/// proc_pid_mountinfo(5) and cgroup_namespaces(7).
 fn cgroup2_root(mountinfo: &str) -> Option<PathBuf> {
     mountinfo.lines().find_map(|line| {
         let (mount, file_system) = line.split_once(" - ")?;
         let mut fields = mount.split(' ');
         let (root, point) = (fields.nth(3)?, fields.next()?);
-        (file_system.split(' ').next() == Some("cgroup2") && root == "/").then(|| unescape(point))
+        let whole = root.split('/').all(|part| part.is_empty() || part == "..");
+        (file_system.split(' ').next() == Some("cgroup2") && whole).then(|| unescape(point))
     })
 }
 
@@ -84,6 +89,8 @@ mod tests {
         assert_eq!(cgroup2_root(hybrid), Some("/sys/fs/cgroup/unified".into()));
         let bound = "50 1 0:38 /kubepods /mnt rw - cgroup2 none rw\n51 1 0:38 / /with\\040blank rw - cgroup2 none rw\n";
         assert_eq!(cgroup2_root(bound), Some("/with blank".into()));
+        let from_below = "50 1 0:38 /../x /mnt rw - cgroup2 none rw\n51 1 0:38 /../.. /sys/fs/cgroup rw - cgroup2 none rw\n";
+        assert_eq!(cgroup2_root(from_below), Some("/sys/fs/cgroup".into()));
         assert_eq!(cgroup2_root("1 2 0:3 / / rw - ext4 /dev/a rw\nbroken"), None);
     }
 
