@@ -125,7 +125,9 @@ pub(super) fn local(
                 format!("is to be in the mesh but has no annotation {NETNS}, so its agent cannot find it")
             });
         }
-        local.entry(node.clone()).or_default().insert(uid.clone(), LocalWorkload { uid, enroll, netns_path });
+        let pod_uid = pod.metadata.uid.clone().unwrap_or_default();
+        let workload = LocalWorkload { uid: uid.clone(), enroll, netns_path, pod_uid };
+        local.entry(node.clone()).or_default().insert(uid, workload);
     }
     local
 }
