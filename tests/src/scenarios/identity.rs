@@ -8,11 +8,11 @@ use time::OffsetDateTime;
 use weft_testbed::cluster::Builder;
 use weft_testbed::evidence::TUNNEL_PORT;
 use weft_testbed::poll::{pause, until};
-use weft_testbed::{Moment, Netns, Server, servers};
+use weft_testbed::{Moment, Netns, Pod, Server, servers};
 
 use crate::rogue::{Forged, Rogue};
 use crate::runner::Scenario;
-use crate::shop::{ECHO, Shop, marker, must_be_refused};
+use crate::shop::{ECHO, Shop, marker, must_be_refused, must_be_refused_at_once};
 
 pub const SCENARIOS: &[Scenario] = &[
     Scenario::new(
@@ -101,35 +101,55 @@ fn certificates(cluster: Builder) -> Result<()> {
 
 fn reused(cluster: Builder) -> Result<()> {
     let shop = Shop::open_enrolled(cluster)?;
-    let cluster = &shop.cluster;
     let secret = marker("reused");
     shop.check_echo(&secret)?;
-
-    // The pod's address and namespace go to another workload with another account, and the client's node has not heard.
-    cluster.hold("east")?;
-    let capture = cluster.capture()?;
+    let capture = shop.cluster.capture()?;
     let start = Moment::now();
-    cluster.forget(&shop.web)?;
-    let successor = cluster.adopt("shop/successor", &shop.web, "other")?;
-    until(Duration::from_secs(20), "the successor is enrolled", || {
-        Ok(shop.west()?.phase_of(&successor.uid())?.as_deref() == Some("published"))
+    let wrong_identity =
+        || Ok(shop.east()?.metrics()?.sum("weft_tls_refused_total", &[("reason", "wrong_identity")]));
+    let wrong_workload = || -> Result<f64> {
+        let labels = [("reporter", "destination"), ("reason", "other_workload")];
+        Ok(shop.west()?.metrics()?.sum("weft_tcp_connections_failed_total", &labels))
+    };
+    // Another account shows in the certificate; the same account in another pod only in whom the client names.
+    let first = inherit(&shop, &shop.web, "shop/successor", "other", &secret, &wrong_identity)?;
+    inherit(&shop, &first, "shop/heir", "other", &secret, &wrong_workload)?;
+    capture.stop()?.nothing_in_the_clear(start, &shop.enrolled(), secret.as_bytes())
+}
+
+/// The address and namespace of `pod` go to another workload, of which the client's node hears later: until then nobody
+/// is served, for the reason that `refused` counts.
+fn inherit(
+    shop: &Shop,
+    pod: &Pod,
+    name: &str,
+    account: &str,
+    secret: &str,
+    refused: &dyn Fn() -> Result<f64>,
+) -> Result<Pod> {
+    let cluster = &shop.cluster;
+    cluster.hold("east")?;
+    cluster.forget(pod)?;
+    let heir = cluster.adopt(name, pod, account)?;
+    until(Duration::from_secs(20), &format!("{name} is enrolled"), || {
+        Ok(shop.west()?.phase_of(&heir.uid())?.as_deref() == Some("published"))
     })?;
-    // New tunnels are needed: those to the predecessor ended with it, or are refused by its name.
+    let before = refused()?;
+    // New tunnels are needed: those to the predecessor ended with it.
     for to in shop.echoes() {
-        must_be_refused(&shop.client, to, &secret, Duration::from_secs(10))
-            .context("an address that belongs to another workload now")?;
+        must_be_refused(&shop.client, to, secret, Duration::from_secs(10))
+            .with_context(|| format!("an address that belongs to {name} now"))?;
     }
-    let refused = shop.east()?.metrics()?.sum("weft_tls_refused_total", &[])
-        + shop.east()?.metrics()?.sum("weft_tcp_connections_failed_total", &[]);
-    ensure!(refused >= 2.0, "{refused} of two refusals were counted");
+    let counted = refused()? - before;
+    ensure!(counted >= 2.0, "{counted} of two refusals were counted with their reason, for {name}");
 
     cluster.release("east")?;
-    cluster.wait_enrolled(&[&successor])?;
+    cluster.wait_enrolled(&[&heir])?;
     until(Duration::from_secs(10), "the client's node has forgotten the predecessor", || {
-        Ok(!shop.east()?.knows_as_enrolled(&shop.web.uid())?)
+        Ok(!shop.east()?.knows_as_enrolled(&pod.uid())?)
     })?;
-    shop.check_echo(&secret).context("the successor, once it is known")?;
-    capture.stop()?.nothing_in_the_clear(start, &shop.enrolled(), secret.as_bytes())
+    shop.check_echo(secret).with_context(|| format!("{name}, once it is known"))?;
+    Ok(heir)
 }
 
 fn authority(cluster: Builder) -> Result<()> {
@@ -196,11 +216,15 @@ fn own_ports(cluster: Builder) -> Result<()> {
                 .with_context(|| format!("port {port} from an enrolled pod"))?;
             must_be_refused(&legacy, to, &secret, Duration::from_secs(10))
                 .with_context(|| format!("port {port} from outside the mesh"))?;
+            if *port != TUNNEL_PORT {
+                must_be_refused_at_once(&legacy, to)
+                    .with_context(|| format!("port {port}: by the kernel"))?;
+            }
         }
     }
     for port in listening_ports(shop.client.netns())? {
         for to in [shop.client.at(port), shop.client.at_v6(port), ([127, 0, 0, 1], port).into()] {
-            must_be_refused(&shop.client, to, &secret, Duration::from_secs(10))
+            must_be_refused_at_once(&shop.client, to)
                 .with_context(|| format!("port {port} of the pod itself"))?;
         }
     }
@@ -208,8 +232,8 @@ fn own_ports(cluster: Builder) -> Result<()> {
     let rogue = Rogue::with(Forged::good(&shop.client.identity()));
     for port in &ports {
         let authority = shop.web.at(*port).to_string();
-        let outcome = rogue.connect(&shop.cluster, &legacy, shop.web.at(TUNNEL_PORT), &authority);
-        ensure!(!matches!(outcome, Ok(200..=299)), "CONNECT to {authority} was let in");
+        let status = rogue.connect(&shop.cluster, &legacy, shop.web.at(TUNNEL_PORT), &authority)?;
+        ensure!(status == 403, "CONNECT to {authority} was answered with {status}");
     }
     // The agents' ports on the node are ordinary ones: metrics may be read by an enrolled pod.
     let node = shop.cluster.node("west")?;
