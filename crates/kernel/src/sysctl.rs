@@ -21,12 +21,24 @@ pub fn apply(netns: &Netns, with_v6: bool) -> Result<(), Error> {
         .map_err(|(name, error)| Error::io(format!("net/{name} could not be set in the pod"))(error))
 }
 
+/// Where settings are. /proc/sys/net shows the namespace of the thread that opens the file, whichever procfs it belongs
+/// to; in a container its own is read-only, and the node's, which process 1 sees, is not.
+const ROOTS: [&str; 2] = ["/proc/sys/net", "/proc/1/root/proc/sys/net"];
+
 /// Writes only what differs, so that a read-only /proc/sys does where nothing is to be changed.
 fn set(name: &'static str, change: impl FnOnce(i64) -> i64) -> Result<(), (&'static str, io::Error)> {
-    // /proc/sys/net shows the namespace of the thread that opens the file.
-    let path = Path::new("/proc/sys/net").join(name);
-    let text = fs::read_to_string(&path).map_err(|error| (name, error))?;
+    let [own, node] = ROOTS.map(|root| Path::new(root).join(name));
+    let text = fs::read_to_string(&own).map_err(|error| (name, error))?;
     let value = text.trim().parse().map_err(|_| (name, io::ErrorKind::InvalidData.into()))?;
     let wanted = change(value);
-    if wanted == value { Ok(()) } else { fs::write(&path, wanted.to_string()).map_err(|error| (name, error)) }
+    if wanted == value {
+        return Ok(());
+    }
+    let result = match fs::write(&own, wanted.to_string()) {
+        Err(error) if error.kind() == io::ErrorKind::ReadOnlyFilesystem => {
+            fs::write(&node, wanted.to_string())
+        }
+        result => result,
+    };
+    result.map_err(|error| (name, error))
 }
