@@ -10,7 +10,7 @@ pub struct Options {
     pub instance: String,
     /// A mounted bpffs; pins go to `weft/INSTANCE` below it.
     pub bpffs: PathBuf,
-    /// The root of cgroup2; found among the mounts of process 1 if not given.
+    /// The root of cgroup2; found among the mounts if not given.
     pub cgroup_root: Option<PathBuf>,
     /// An object file instead of the embedded one, for developing the programs.
     pub object: Option<PathBuf>,
@@ -46,13 +46,22 @@ impl Options {
         if let Some(root) = &self.cgroup_root {
             return Ok(root.clone());
         }
-        // A container may have a cgroup namespace of its own, whose root is the container's cgroup. The root that
-        // process 1 sees is the node's, as long as this process is in the node's PID namespace.
-        let path = "/proc/1/mountinfo";
-        let mounts = std::fs::read_to_string(path).map_err(Error::io(format!("{path} could not be read")))?;
+        // A container may have a cgroup namespace of its own, whose root is the container's cgroup: then what process 1
+        // has mounted counts, which is the node's where the container is in the node's PID namespace.
+        let nested = std::fs::read_to_string("/proc/1/cgroup").is_ok_and(|cgroups| is_above(&cgroups));
+        let process = if nested { "/proc/1" } else { "/proc/self" };
+        let path = format!("{process}/mountinfo");
+        let mounts =
+            std::fs::read_to_string(&path).map_err(Error::io(format!("{path} could not be read")))?;
         let root = cgroup2_root(&mounts).ok_or(Error::NoCgroup)?;
-        Ok(Path::new("/proc/1/root").join(root.strip_prefix("/").unwrap_or(&root)))
+        let seen_from = if nested { "/proc/1/root" } else { "/" };
+        Ok(Path::new(seen_from).join(root.strip_prefix("/").unwrap_or(&root)))
     }
+}
+
+/// Whether a process is outside the part of cgroup2 that this one's cgroup namespace shows, by its `/proc/PID/cgroup`.
+fn is_above(cgroups: &str) -> bool {
+    cgroups.lines().any(|line| line.starts_with("0::/.."))
 }
 
 /// The mount point of cgroup2 whose root is the hierarchy's own (a bind mount of a sub-directory would leave out
@@ -91,6 +100,11 @@ mod tests {
         assert_eq!(cgroup2_root(bound), Some("/with blank".into()));
         let from_below = "50 1 0:38 /../x /mnt rw - cgroup2 none rw\n51 1 0:38 /../.. /sys/fs/cgroup rw - cgroup2 none rw\n";
         assert_eq!(cgroup2_root(from_below), Some("/sys/fs/cgroup".into()));
+        for (cgroups, above) in
+            [("1:cpu:/..\n0::/../../init.scope\n", true), ("0::/init.scope\n", false), ("0::/\n", false)]
+        {
+            assert_eq!(is_above(cgroups), above, "{cgroups}");
+        }
         assert_eq!(cgroup2_root("1 2 0:3 / / rw - ext4 /dev/a rw\nbroken"), None);
     }
 
