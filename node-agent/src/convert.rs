@@ -38,7 +38,18 @@ impl MeshSettings {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LocalPod {
     pub enroll: bool,
-    pub netns: std::path::PathBuf,
+    /// Where its network namespace is.
+    pub netns: NetnsHint,
+}
+
+/// What the controller knows of where a pod's network namespace is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NetnsHint {
+    /// A path, as a directory of manifests gives it.
+    Path(std::path::PathBuf),
+    /// The UID that the API server gave the pod, which its processes' cgroups are named after.
+    PodUid(String),
+    Unknown,
 }
 
 fn invalid(name: &str, what: impl ToString) -> ConvertError {
@@ -132,7 +143,14 @@ fn service(name: &str, s: wire::Service) -> Result<Service, ConvertError> {
 /// Reads a `weft.node.v1.LocalWorkload`.
 pub fn local_pod(name: &str, value: &[u8]) -> Result<LocalPod, ConvertError> {
     let local: node::LocalWorkload = decode(name, value)?;
-    Ok(LocalPod { enroll: local.enroll, netns: local.netns_path.into() })
+    let netns = if !local.netns_path.is_empty() {
+        NetnsHint::Path(local.netns_path.into())
+    } else if !local.pod_uid.is_empty() {
+        NetnsHint::PodUid(local.pod_uid)
+    } else {
+        NetnsHint::Unknown
+    };
+    Ok(LocalPod { enroll: local.enroll, netns })
 }
 
 /// Reads the `weft.node.v1.MeshConfig`.

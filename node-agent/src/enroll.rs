@@ -4,8 +4,9 @@
 //! One task owns all of it. A pod goes Hold -> Published -> Leaving -> Gone ([`Phase`]); the workers only read the phase.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashSet},
-    path::Path,
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    net::IpAddr,
+    path::PathBuf,
     sync::{Arc, Weak},
     time::Duration,
 };
@@ -16,11 +17,12 @@ use tokio::{
 };
 use tracing::{info, warn};
 use weft_core::{SpiffeId, Tunnel, Workload};
-use weft_kernel::{Kernel, Netns, PodAddresses};
+use weft_kernel::{Kernel, Netns, PodAddresses, locate};
 use weft_proto::node::{EnrollmentFailure, EnrollmentReport};
 
 use crate::{
     controller::Controller,
+    convert::{LocalPod, NetnsHint},
     metrics::Metrics,
     pod::{Phase, PodHandle},
     state::Snapshot,
@@ -130,11 +132,16 @@ impl Enroller {
     /// Frees pods that lost their label, and forgets those that ceased to exist, while no agent was there.
     async fn remove_stale(&self, snapshot: &Snapshot, pods: &Pods) -> Result<(), weft_kernel::Error> {
         let keep: HashSet<u64> = pods.enrolled.values().map(|p| p.kernel.cookie()).collect();
-        let unwanted = snapshot.local.values().filter(|l| !l.enroll && !l.netns.as_os_str().is_empty());
-        let unwanted: Vec<_> = unwanted.map(|l| l.netns.clone()).collect();
+        let unwanted: Vec<_> =
+            snapshot.local.values().filter(|l| !l.enroll).map(|l| l.netns.clone()).collect();
         self.blocking(move |kernel| {
             let pinned: HashSet<u64> = kernel.pods()?.iter().map(|p| p.cookie).collect();
-            for netns in unwanted.iter().filter_map(|path| Netns::open(path).ok()) {
+            if pinned.is_subset(&keep) {
+                return Ok(());
+            }
+            let located = locate_all(unwanted.iter());
+            let paths = unwanted.iter().flat_map(|hint| candidates(hint, &located));
+            for netns in paths.filter_map(|path| Netns::open(&path).ok()) {
                 if pinned.contains(&netns.cookie()) {
                     kernel.release(&netns)?;
                 }
@@ -154,19 +161,23 @@ impl Enroller {
         let now = Instant::now();
         // Opening every namespace is too much to do for each piece of news.
         let check = pods.checked.is_none_or(|at| at + RECHECK <= now);
+        let mut inhabited = HashSet::new();
         if check {
             pods.checked = Some(now);
+            if pods.enrolled.values().any(|pod| matches!(pod.hint, NetnsHint::PodUid(_))) {
+                inhabited = self.blocking(|_| locate::inhabited()).await;
+            }
         }
         for (uid, pod) in pods.enrolled.clone() {
             let local = snapshot.local.get(&uid);
             let gone = match local {
                 Some(local) => {
-                    !same_pod(&pod, snapshot.mesh.workload(&uid))
-                        || (check && !same_netns(&pod, &local.netns))
+                    !same_pod(&pod, local, snapshot.mesh.workload(&uid))
+                        || (check && !lives(&pod, &local.netns, &inhabited))
                 }
                 // Deleted, but maybe still running: it stays captured as long as its namespace is there, or it would
                 // talk in the clear to the last.
-                None => check && !same_netns(&pod, pod.kernel.netns().path()),
+                None => check && !lives(&pod, &pod.hint, &inhabited),
             };
             if gone {
                 info!(uid = %uid, "pod is gone");
@@ -231,13 +242,24 @@ impl Enroller {
 
     async fn enroll_wanted(&self, snapshot: &Snapshot, pods: &mut Pods) {
         let now = Instant::now();
-        for (uid, local) in &snapshot.local {
-            let waiting = pods.failures.get(uid).is_some_and(|f| f.next > now);
-            if !local.enroll || pods.enrolled.contains_key(uid) || waiting {
-                continue;
-            }
+        let due = |(uid, local): &(&Arc<str>, &LocalPod)| {
+            let waiting = pods.failures.get(*uid).is_some_and(|f| f.next > now);
+            // A pod of a cluster has a workload once it has an address: until then it is about to be made.
+            let unborn = matches!(local.netns, NetnsHint::PodUid(_)) && snapshot.mesh.workload(uid).is_none();
+            local.enroll && !pods.enrolled.contains_key(*uid) && !waiting && !unborn
+        };
+        let due: Vec<_> = snapshot.local.iter().filter(due).collect();
+        if due.is_empty() {
+            return;
+        }
+        let hints: Vec<_> = due.iter().map(|(_, local)| local.netns.clone()).collect();
+        let located = self.blocking(move |_| locate_all(hints.iter())).await;
+        for (uid, local) in due {
             let result = match snapshot.mesh.workload(uid) {
-                Some(workload) => self.enroll(workload.clone(), &local.netns, pods).await,
+                Some(workload) => {
+                    let paths = candidates(&local.netns, &located);
+                    self.enroll(workload.clone(), local.netns.clone(), paths, pods).await
+                }
                 None => Err("the controller wants it enrolled but has not said who it is".to_owned()),
             };
             match result {
@@ -262,31 +284,31 @@ impl Enroller {
     async fn enroll(
         &self,
         workload: Arc<Workload>,
-        netns: &Path,
+        hint: NetnsHint,
+        paths: Vec<PathBuf>,
         pods: &Pods,
     ) -> Result<Arc<PodHandle>, String> {
-        if netns.as_os_str().is_empty() {
-            return Err("its network namespace is not known: no annotation weft.dev/netns".into());
+        if paths.is_empty() {
+            return Err(match hint {
+                NetnsHint::PodUid(uid) => {
+                    format!("no process of the pod with UID {uid} runs on this node yet")
+                }
+                _ => "its network namespace is not known: no annotation weft.dev/netns".to_owned(),
+            });
         }
         let addresses = PodAddresses::from_ips(workload.addresses.iter().copied());
-        let path = netns.to_owned();
         let claimed = workload.addresses.clone();
         let others: Vec<_> = pods.enrolled.values().map(|p| (p.kernel.cookie(), p.uid.clone())).collect();
         let enrolled = self.blocking(move |kernel| {
-            let netns = Netns::open(&path).map_err(|e| e.to_string())?;
-            // A namespace that does not own the pod's addresses is somebody else's.
-            let owned = netns.addresses().map_err(|e| e.to_string())?;
-            if let Some(missing) = claimed.iter().find(|a| !owned.contains(a)) {
-                return Err(format!("{} does not have the pod's address {missing}", path.display()));
-            }
+            let netns = owner_of(&claimed, &paths)?;
             if let Some((_, other)) = others.iter().find(|(cookie, _)| *cookie == netns.cookie()) {
-                return Err(format!("{} is the network namespace of {other}", path.display()));
+                return Err(format!("{} is the network namespace of {other}", netns.path().display()));
             }
             kernel.enroll(netns, addresses).map_err(|e| e.to_string())
         });
         let mut pod = enrolled.await?;
         let listener = pod.take_listener().ok_or("its listener was already taken")?;
-        let pod = Arc::new(PodHandle::new(workload, pod, self.max_connections_per_pod));
+        let pod = Arc::new(PodHandle::new(workload, hint, pod, self.max_connections_per_pod));
         self.workers.listen(&pod, listener);
         Ok(pod)
     }
@@ -368,16 +390,55 @@ async fn drain(pods: Vec<Weak<PodHandle>>) {
     }
 }
 
-/// Whether the controller still means the same pod: same account, same addresses.
-fn same_pod(pod: &PodHandle, workload: Option<&Arc<Workload>>) -> bool {
-    let same =
-        |w: &Arc<Workload>| w.identity == pod.workload.identity && w.addresses == pod.workload.addresses;
-    workload.is_some_and(same)
+/// The one of `paths` that has every address of a pod: any other namespace is somebody else's.
+fn owner_of(addresses: &[IpAddr], paths: &[PathBuf]) -> Result<Netns, String> {
+    let mut why = String::new();
+    for path in paths {
+        let opened = Netns::open(path).and_then(|netns| Ok((netns.addresses()?, netns)));
+        why = match opened {
+            Ok((owned, netns)) => match addresses.iter().find(|a| !owned.contains(a)) {
+                None => return Ok(netns),
+                Some(missing) => format!("{} does not have the pod's address {missing}", path.display()),
+            },
+            Err(error) => error.to_string(),
+        };
+    }
+    Err(why)
 }
 
-/// Whether the namespace under that path is still the one that was enrolled.
-fn same_netns(pod: &PodHandle, path: &Path) -> bool {
-    Netns::open(path).is_ok_and(|n| n.cookie() == pod.kernel.cookie())
+/// Where processes of these pods run, for those that have to be searched for.
+fn locate_all<'a>(hints: impl Iterator<Item = &'a NetnsHint>) -> HashMap<String, Vec<PathBuf>> {
+    let uid = |hint: &NetnsHint| match hint {
+        NetnsHint::PodUid(uid) => Some(uid.clone()),
+        _ => None,
+    };
+    let uids: HashSet<_> = hints.filter_map(uid).collect();
+    if uids.is_empty() { HashMap::new() } else { locate::netns_of(&uids) }
+}
+
+/// Paths that may lead to the pod's network namespace.
+fn candidates(hint: &NetnsHint, located: &HashMap<String, Vec<PathBuf>>) -> Vec<PathBuf> {
+    match hint {
+        NetnsHint::Path(path) => vec![path.clone()],
+        NetnsHint::PodUid(uid) => located.get(uid).cloned().unwrap_or_default(),
+        NetnsHint::Unknown => Vec::new(),
+    }
+}
+
+/// Whether the controller still means the same pod: same account, same addresses, and not made anew under its name.
+fn same_pod(pod: &PodHandle, local: &LocalPod, workload: Option<&Arc<Workload>>) -> bool {
+    let anew = matches!((&pod.hint, &local.netns), (NetnsHint::PodUid(a), NetnsHint::PodUid(b)) if a != b);
+    let same =
+        |w: &Arc<Workload>| w.identity == pod.workload.identity && w.addresses == pod.workload.addresses;
+    !anew && workload.is_some_and(same)
+}
+
+/// Whether the namespace that was enrolled is still the pod's: under its path, or with a process in it.
+fn lives(pod: &PodHandle, hint: &NetnsHint, inhabited: &HashSet<u64>) -> bool {
+    match hint {
+        NetnsHint::Path(path) => Netns::open(path).is_ok_and(|n| n.cookie() == pod.kernel.cookie()),
+        NetnsHint::PodUid(_) | NetnsHint::Unknown => inhabited.contains(&pod.kernel.netns().inode()),
+    }
 }
 
 fn replace_if_changed<T: PartialEq>(current: &mut T, new: T) -> bool {

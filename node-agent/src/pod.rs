@@ -12,6 +12,8 @@ use tokio::sync::{Notify, Semaphore, watch};
 use weft_core::{SpiffeId, Workload};
 use weft_kernel::Pod;
 
+use crate::convert::NetnsHint;
+
 /// How far a pod's membership has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Phase {
@@ -29,6 +31,8 @@ pub enum Phase {
 pub struct PodHandle {
     pub uid: Arc<str>,
     pub workload: Arc<Workload>,
+    /// How its network namespace was found.
+    pub hint: NetnsHint,
     pub kernel: Pod,
     /// What tunnels say about this pod as a source, in the form ztunnel reads.
     pub baggage: String,
@@ -40,7 +44,7 @@ pub struct PodHandle {
 }
 
 impl PodHandle {
-    pub fn new(workload: Arc<Workload>, kernel: Pod, max_connections: usize) -> Self {
+    pub fn new(workload: Arc<Workload>, hint: NetnsHint, kernel: Pod, max_connections: usize) -> Self {
         let cluster = workload.uid.split('/').next().unwrap_or_default();
         let baggage = format!(
             "k8s.cluster.name={cluster},k8s.namespace.name={},k8s.pod.name={},service.name={}",
@@ -50,6 +54,7 @@ impl PodHandle {
             uid: workload.uid.clone(),
             baggage,
             workload,
+            hint,
             kernel,
             phase: watch::Sender::new(Phase::Hold),
             permits: Arc::new(Semaphore::new(max_connections)),

@@ -14,6 +14,7 @@ mod debug_log;
 mod error;
 mod kernel;
 mod link;
+pub mod locate;
 mod maps;
 mod netns;
 mod object;

@@ -113,7 +113,8 @@ impl Netns {
         Ok(setns(&self.0.file, CloneFlags::CLONE_NEWNET)?)
     }
 
-    pub(crate) fn inode(&self) -> u64 {
+    /// What `/proc/PID/ns/net` of its processes says.
+    pub fn inode(&self) -> u64 {
         self.0.inode
     }
 }
