@@ -1,5 +1,6 @@
 //! The certificate authority: who gets which identity. An agent asks on behalf of the pods of its node, and only for
-//! service accounts of live pods there that labels want in the mesh; every refusal is logged, counted and explained.
+//! service accounts of live pods there that labels want in the mesh; anybody else gets the identity of its own service
+//! account and no other. Every refusal is logged, counted and explained.
 
 use std::{
     sync::Arc,
@@ -12,6 +13,7 @@ use tonic::Status;
 use weft_core::{SpiffeId, TrustDomain};
 
 use crate::{
+    auth::Caller,
     metrics::Metrics,
     root::{Root, Usage},
     translate::{Claim, Identities},
@@ -45,6 +47,8 @@ pub enum Refused {
     NotOnNode { node: String, identity: SpiffeId },
     #[error("the pods with the identity {identity} on node {node} are not labelled to be in the mesh")]
     Unlabelled { node: String, identity: SpiffeId },
+    #[error("{caller} is no agent's: it gets its own identity only, not {identity}")]
+    NotOwn { caller: Caller, identity: SpiffeId },
     #[error("signing failed: {0}")]
     Signing(String),
 }
@@ -61,6 +65,7 @@ impl Refused {
             Self::TrustDomain { .. } => "trust_domain",
             Self::NotOnNode { .. } => "not_on_node",
             Self::Unlabelled { .. } => "unlabelled",
+            Self::NotOwn { .. } => "not_own",
             Self::Signing(_) => "signing",
         }
     }
@@ -72,9 +77,10 @@ impl From<Refused> for Status {
         match refused {
             Refused::NotReady => Status::unavailable(message),
             Refused::Signing(_) => Status::internal(message),
-            Refused::TrustDomain { .. } | Refused::NotOnNode { .. } | Refused::Unlabelled { .. } => {
-                Status::permission_denied(message)
-            }
+            Refused::TrustDomain { .. }
+            | Refused::NotOnNode { .. }
+            | Refused::Unlabelled { .. }
+            | Refused::NotOwn { .. } => Status::permission_denied(message),
             _ => Status::invalid_argument(message),
         }
     }
@@ -98,38 +104,38 @@ impl Authority {
         Self { root, trust_domain, identities, metrics }
     }
 
-    /// A certificate for the key of `csr` (PEM) and the identity `asked` for, else the one that `csr` names; asked for
-    /// by the agent of `node`. Returns PEM certificates: the leaf, then the roots to trust. `ttl` is what the caller
-    /// would like.
+    /// A certificate for the key of `csr` (PEM) and the identity `asked` for, else the one that `csr` names. Returns
+    /// PEM certificates: the leaf, then the roots to trust. `ttl` is what the caller would like.
     pub fn issue(
         &self,
-        node: &str,
+        caller: &Caller,
         csr: &str,
         asked: Option<&str>,
         ttl: Option<Duration>,
     ) -> Result<Vec<String>, Refused> {
-        match self.try_issue(node, csr, asked, ttl) {
+        match self.try_issue(caller, csr, asked, ttl) {
             Ok((identity, chain)) => {
                 self.metrics.certificates_issued.inc();
-                tracing::info!(target: "ca", node, %identity, "issued a certificate");
+                tracing::info!(target: "ca", %caller, %identity, "issued a certificate");
                 Ok(chain)
             }
             Err(refused) => {
                 self.metrics.refused_certificate(refused.reason());
-                tracing::warn!(target: "ca", node, reason = refused.reason(), "refused a certificate: {refused}");
+                let reason = refused.reason();
+                tracing::warn!(target: "ca", %caller, reason, "refused a certificate: {refused}");
                 Err(refused)
             }
         }
     }
 
-    /// Counts a request from a caller that did not prove which node it is.
+    /// Counts a request from a caller that did not prove who it is.
     pub fn refused_caller(&self, reason: &'static str) {
         self.metrics.refused_certificate(reason);
     }
 
     fn try_issue(
         &self,
-        node: &str,
+        caller: &Caller,
         csr: &str,
         asked: Option<&str>,
         ttl: Option<Duration>,
@@ -139,12 +145,14 @@ impl Authority {
         if *identity.trust_domain() != self.trust_domain {
             return Err(Refused::TrustDomain { identity, trust_domain: self.trust_domain.clone() });
         }
-        let claim = self.identities.borrow().as_ref().map(|identities| identities.claim(node, &identity));
-        match claim {
-            Some(Claim::Granted) => {}
-            Some(Claim::Unlabelled) => return Err(Refused::Unlabelled { node: node.to_owned(), identity }),
-            Some(Claim::NotOnNode) => return Err(Refused::NotOnNode { node: node.to_owned(), identity }),
-            None => return Err(Refused::NotReady),
+        match caller {
+            Caller::Node(node) => self.check_claim(node, &identity)?,
+            Caller::Account(account) => {
+                let own = SpiffeId::new(self.trust_domain.clone(), &account.namespace, &account.name);
+                if own.ok().as_ref() != Some(&identity) {
+                    return Err(Refused::NotOwn { caller: caller.clone(), identity });
+                }
+            }
         }
         let signing = |error: rcgen::Error| Refused::Signing(error.to_string());
         let name = SanType::URI(identity.to_string().try_into().map_err(signing)?);
@@ -154,6 +162,18 @@ impl Authority {
             .sign(&request.public_key, name, Usage::Peer, ttl, SystemTime::now())
             .map_err(signing)?;
         Ok((identity, vec![leaf.pem(), self.root.pem().to_owned()]))
+    }
+
+    /// Whether the agent of `node` may speak for `identity`.
+    fn check_claim(&self, node: &str, identity: &SpiffeId) -> Result<(), Refused> {
+        let claim = self.identities.borrow().as_ref().map(|identities| identities.claim(node, identity));
+        let (node, identity) = (node.to_owned(), identity.clone());
+        match claim {
+            Some(Claim::Granted) => Ok(()),
+            Some(Claim::Unlabelled) => Err(Refused::Unlabelled { node, identity }),
+            Some(Claim::NotOnNode) => Err(Refused::NotOnNode { node, identity }),
+            None => Err(Refused::NotReady),
+        }
     }
 }
 

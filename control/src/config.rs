@@ -22,6 +22,9 @@ Examples:
     weft-control --directory /etc/weft/manifests --state-dir /var/lib/weft \\
         --pod-networks 10.1.0.0/16,fd00:1::/64 --service-networks 10.96.0.0/12
 
+  Configure it from the cluster that this runs in:
+    weft-control --kubernetes
+
   Make a join token for the agent of node-1; the agent trusts the root beside it:
     weft-control token --state-dir /var/lib/weft --node node-1 > node-1.token
     cp /var/lib/weft/root.pem control-ca.pem
@@ -72,6 +75,13 @@ struct Flags {
     /// Directory for keys and what must survive a restart; made if missing, and refused if others can read it.
     #[arg(long, env = "WEFT_STATE_DIR", value_name = "DIR")]
     state_dir: Option<PathBuf>,
+    /// Read a cluster's objects from its API server instead, and keep keys and state there. The server is that of
+    /// KUBECONFIG, else that of the pod's service account.
+    #[arg(long, env = "WEFT_KUBERNETES", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    kubernetes: Option<bool>,
+    /// Namespace of the controller and the agents in the cluster. [default: the pod's, or the kubeconfig's]
+    #[arg(long, env = "WEFT_NAMESPACE", value_name = "NAME")]
+    namespace: Option<String>,
     /// Address of the port for agents: xDS, certificates and reports, over TLS. [default: 0.0.0.0:15012]
     #[arg(long, env = "WEFT_LISTEN", value_name = "ADDRESS")]
     listen: Option<SocketAddr>,
@@ -81,13 +91,15 @@ struct Flags {
     /// Address of /readyz and /livez. [default: 0.0.0.0:15021]
     #[arg(long, env = "WEFT_READY_LISTEN", value_name = "ADDRESS")]
     ready_listen: Option<SocketAddr>,
-    /// Ranges of pod addresses: TCP from enrolled pods to them is captured.
+    /// Ranges of pod addresses: TCP from enrolled pods to them is captured. In a cluster, those of its Nodes (podCIDRs)
+    /// are added.
     #[arg(long, env = "WEFT_POD_NETWORKS", value_delimiter = ',', value_name = "CIDR,...")]
     pod_networks: Option<Vec<String>>,
-    /// Ranges of Service addresses: TCP from enrolled pods to them is captured.
+    /// Ranges of Service addresses: TCP from enrolled pods to them is captured. In a cluster, its ServiceCIDRs are
+    /// added.
     #[arg(long, env = "WEFT_SERVICE_NETWORKS", value_delimiter = ',', value_name = "CIDR,...")]
     service_networks: Option<Vec<String>>,
-    /// Ranges that are never captured, even inside the others.
+    /// Ranges that are never captured, even inside the others. In a cluster, its Nodes' own addresses are added.
     #[arg(long, env = "WEFT_EXTERNAL_NETWORKS", value_delimiter = ',', value_name = "CIDR,...")]
     external_networks: Option<Vec<String>>,
     /// Trust domain of the identities issued. [default: cluster.local]
@@ -107,13 +119,25 @@ struct Flags {
 /// The settings in force.
 #[derive(Debug, Clone)]
 pub struct Config {
-    pub directory: PathBuf,
-    pub state_dir: PathBuf,
+    pub source: Source,
     pub listen: SocketAddr,
     pub metrics_listen: SocketAddr,
     pub ready_listen: SocketAddr,
     pub log: String,
     pub mesh: MeshSettings,
+}
+
+/// Where objects are read, and where what must survive a restart is kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Source {
+    Directory {
+        directory: PathBuf,
+        state_dir: PathBuf,
+    },
+    /// The namespace is the controller's own, where it is not as the API server's credentials say.
+    Kubernetes {
+        namespace: Option<String>,
+    },
 }
 
 /// Why the settings are no good.
@@ -151,6 +175,8 @@ impl Flags {
         Flags {
             directory: self.directory.or(other.directory),
             state_dir: self.state_dir.or(other.state_dir),
+            kubernetes: self.kubernetes.or(other.kubernetes),
+            namespace: self.namespace.or(other.namespace),
             listen: self.listen.or(other.listen),
             metrics_listen: self.metrics_listen.or(other.metrics_listen),
             ready_listen: self.ready_listen.or(other.ready_listen),
@@ -185,30 +211,65 @@ impl Flags {
         if !is_dns_subdomain(&cluster_domain) {
             return Err(invalid("--cluster-domain", format!("{cluster_domain:?} is no DNS domain")));
         }
+        let source = source(self.kubernetes, self.directory, self.state_dir, self.namespace)?;
+        let in_directory = matches!(source, Source::Directory { .. });
+        let needed = |flag, networks: Option<Vec<IpNet>>| match networks {
+            None if in_directory => Err(missing(flag, NETWORKS)),
+            networks => Ok(networks.unwrap_or_default()),
+        };
         let mesh = MeshSettings {
             trust_domain,
             cluster_id,
             cluster_domain,
-            pod_networks: networks("--pod-networks", self.pod_networks)?
-                .ok_or(missing("--pod-networks", NETWORKS))?,
-            service_networks: networks("--service-networks", self.service_networks)?
-                .ok_or(missing("--service-networks", NETWORKS))?,
+            pod_networks: needed("--pod-networks", networks("--pod-networks", self.pod_networks)?)?,
+            service_networks: needed(
+                "--service-networks",
+                networks("--service-networks", self.service_networks)?,
+            )?,
             external_networks: networks("--external-networks", self.external_networks)?.unwrap_or_default(),
-            netns_annotations: true,
+            netns_annotations: in_directory,
         };
         let port =
             |address: Option<SocketAddr>, port| address.unwrap_or(SocketAddr::from(([0, 0, 0, 0], port)));
         Ok(Config {
-            directory: self.directory.ok_or(missing("--directory", "the directory of manifests to read"))?,
-            state_dir: self
-                .state_dir
-                .ok_or(missing("--state-dir", "where keys are kept, such as /var/lib/weft"))?,
+            source,
             listen: port(self.listen, 15012),
             metrics_listen: port(self.metrics_listen, 15020),
             ready_listen: port(self.ready_listen, 15021),
             log: text(self.log, "info"),
             mesh,
         })
+    }
+}
+
+fn source(
+    kubernetes: Option<bool>,
+    directory: Option<PathBuf>,
+    state_dir: Option<PathBuf>,
+    namespace: Option<String>,
+) -> Result<Source, ConfigError> {
+    let missing = |flag, hint| ConfigError::Missing { flag, hint };
+    let namespace = namespace.filter(|namespace| !namespace.is_empty());
+    if kubernetes != Some(true) {
+        return Ok(Source::Directory {
+            directory: directory.ok_or(missing(
+                "--directory",
+                "the directory of manifests to read, unless --kubernetes is given",
+            ))?,
+            state_dir: state_dir
+                .ok_or(missing("--state-dir", "where keys are kept, such as /var/lib/weft"))?,
+        });
+    }
+    if directory.is_some() || state_dir.is_some() {
+        let why =
+            "objects and state are in the cluster then; leave out --directory and --state-dir".to_owned();
+        return Err(ConfigError::Invalid { flag: "--kubernetes", why });
+    }
+    match namespace {
+        Some(namespace) if !is_dns_subdomain(&namespace) => {
+            Err(ConfigError::Invalid { flag: "--namespace", why: format!("{namespace:?} is no name") })
+        }
+        namespace => Ok(Source::Kubernetes { namespace }),
     }
 }
 
@@ -288,7 +349,8 @@ mod tests {
         .unwrap();
         let path = file.path().to_str().unwrap();
         let config = config(&[&NEEDED[..], &["--config", path, "--listen", "127.0.0.1:2"]].concat()).unwrap();
-        assert_eq!(config.directory, Path::new("/d"));
+        let from = Source::Directory { directory: "/d".into(), state_dir: "/s".into() };
+        assert_eq!(config.source, from);
         assert_eq!(config.mesh.cluster_id, "one");
         assert_eq!(config.listen.port(), 2);
         assert_eq!(config.mesh.external_networks.len(), 1);
@@ -317,6 +379,19 @@ mod tests {
         let path = file.path().to_str().unwrap();
         let error = config(&[&NEEDED[..], &["--config", path]].concat()).unwrap_err();
         assert!(error.contains("unknown field `pod-network`"), "{error}");
+    }
+
+    #[test]
+    fn a_cluster_needs_nothing_else() {
+        let in_cluster = config(&["--kubernetes"]).unwrap();
+        assert_eq!(in_cluster.source, Source::Kubernetes { namespace: None });
+        assert!(in_cluster.mesh.pod_networks.is_empty() && !in_cluster.mesh.netns_annotations);
+        let named = config(&["--kubernetes", "--namespace", "weft", "--pod-networks", ""]).unwrap();
+        assert_eq!(named.source, Source::Kubernetes { namespace: Some("weft".to_owned()) });
+        let both = config(&[&NEEDED[..], &["--kubernetes"]].concat()).unwrap_err();
+        assert!(both.starts_with("--kubernetes") && both.contains("leave out"), "{both}");
+        assert!(config(&["--kubernetes", "--namespace", "a/b"]).unwrap_err().starts_with("--namespace"));
+        assert!(config(&[&NEEDED[..], &["--kubernetes=false"]].concat()).is_ok());
     }
 
     #[test]

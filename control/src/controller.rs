@@ -12,7 +12,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 use weft_xds::Snapshot;
 
 use crate::{
-    enrollment::Enrollment,
+    cluster::enrollment::Heard,
+    enrollment::{Enrollment, Places},
     metrics::{KindLabel, Metrics, NodeLabel},
     snapshot::Builder,
     source::Delta,
@@ -25,6 +26,8 @@ use crate::{
 pub enum Input {
     Objects(Delta),
     Report(Report),
+    /// Who is written down in the cluster as enrolled.
+    Enrollment(Heard),
 }
 
 /// What an agent says of the pods of its node.
@@ -85,17 +88,57 @@ impl Controller {
 
     /// Takes in what comes until every sender is gone.
     pub fn run(mut self, mut inputs: mpsc::Receiver<Input>) {
-        while let Some(input) = inputs.blocking_recv() {
+        let mut next = None;
+        while let Some(input) = next.take().or_else(|| self.wait(&mut inputs)) {
             match input {
-                Input::Objects(delta) => self.objects(delta),
+                Input::Objects(delta) => {
+                    self.store.apply(delta);
+                    // All that waits is one change: working out what follows costs more than applying it.
+                    loop {
+                        match inputs.try_recv() {
+                            Ok(Input::Objects(delta)) => self.store.apply(delta),
+                            other => break next = other.ok(),
+                        }
+                    }
+                    self.settle();
+                }
                 Input::Report(report) => self.report(report),
+                Input::Enrollment(heard) => self.heard(&heard),
             }
         }
+    }
+
+    /// What comes next. If it is not there yet, there is time for what can be done late.
+    fn wait(&mut self, inputs: &mut mpsc::Receiver<Input>) -> Option<Input> {
+        inputs.try_recv().ok().or_else(|| {
+            if self.enrollment.tidy() {
+                self.settle();
+            }
+            inputs.blocking_recv()
+        })
     }
 
     /// Applies a change of objects and publishes what follows.
     pub fn objects(&mut self, delta: Delta) {
         self.store.apply(delta);
+        self.settle();
+    }
+
+    /// Takes in what is written down of a node's pods: before the first objects all of it, later what another replica
+    /// wrote.
+    fn heard(&mut self, heard: &Heard) {
+        let desired = self.is_started().then(|| translate::desired(&self.store, &self.settings));
+        if self.enrollment.heard(heard, desired.as_ref()) && desired.is_some() {
+            self.publish();
+        }
+    }
+
+    fn is_started(&self) -> bool {
+        self.identities.borrow().is_some()
+    }
+
+    /// Makes of the store what follows from it.
+    fn settle(&mut self) {
         let desired = translate::desired(&self.store, &self.settings);
         self.enrollment.retain(&desired);
         self.metrics.pods_desired.set(desired.len() as i64);
@@ -132,7 +175,17 @@ impl Controller {
         if self.enrollment.report(node, enrolled, &desired).map_err(|error| error.to_string())? {
             self.publish();
         }
-        Ok(())
+        match self.too_early(node, enrolled, &desired) {
+            Some(uid) => Err(format!("{uid} has no address yet as far as is known here; report it again")),
+            None => Ok(()),
+        }
+    }
+
+    /// A reported pod that is to be in the mesh and does not count yet, since its address has not come here: an agent
+    /// may have that from another replica. It has to be reported again.
+    fn too_early<'a>(&self, node: &str, enrolled: &'a BTreeSet<String>, desired: &Places) -> Option<&'a str> {
+        let waiting = translate::waiting(&self.store, &self.settings, node);
+        enrolled.iter().map(String::as_str).find(|uid| waiting.contains(*uid) && !desired.contains_key(*uid))
     }
 
     fn note_failures(&mut self, node: &str, failures: BTreeMap<String, String>) {
@@ -148,6 +201,12 @@ impl Controller {
     fn publish(&mut self) {
         let started = Instant::now();
         let mut translation = translate::translate(&self.store, self.enrollment.enrolled(), &self.settings);
+        if let Some(what) = translation.uncaptured() {
+            // Agents would capture nothing that goes there, and let it out in the clear.
+            let problem = (what.to_owned(), "no range is known, so nothing new is served".to_owned());
+            self.say([problem].into());
+            return;
+        }
         self.say(std::mem::take(&mut translation.problems));
         self.metrics.pods_enrolled.set(self.enrollment.enrolled().len() as i64);
         if let Some(snapshot) = self.builder.build(translation) {

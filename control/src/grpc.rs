@@ -67,9 +67,10 @@ impl IstioCertificateService for Ca {
         &self,
         request: Request<IstioCertificateRequest>,
     ) -> Result<Response<IstioCertificateResponse>, Status> {
-        let node = self
+        let caller = self
             .authenticator
-            .node(request.metadata())
+            .caller(request.metadata())
+            .await
             .inspect_err(|refused| self.authority.refused_caller(refused.reason()))?;
         let request = request.into_inner();
         let asked = request.metadata.as_ref().and_then(|metadata| metadata.fields.get(IMPERSONATED_IDENTITY));
@@ -81,7 +82,7 @@ impl IstioCertificateService for Ca {
             }
         };
         let ttl = u64::try_from(request.validity_duration).ok().filter(|seconds| *seconds > 0);
-        let chain = self.authority.issue(&node, &request.csr, asked, ttl.map(Duration::from_secs))?;
+        let chain = self.authority.issue(&caller, &request.csr, asked, ttl.map(Duration::from_secs))?;
         Ok(Response::new(IstioCertificateResponse { cert_chain: chain }))
     }
 }
@@ -98,7 +99,7 @@ impl NodeService for Node {
         &self,
         request: Request<EnrollmentReport>,
     ) -> Result<Response<EnrollmentAck>, Status> {
-        let node = self.authenticator.node(request.metadata())?;
+        let node = self.authenticator.node(request.metadata()).await?;
         let EnrollmentReport { enrolled_uids, failures } = request.into_inner();
         let (done, result) = oneshot::channel();
         let report = Report {

@@ -2,12 +2,14 @@
 //!
 //! A table of contents. Objects come from a [`source`], the [`controller`] keeps them in the [`store`] with who is
 //! enrolled ([`enrollment`]), [`translate`] makes of them what agents are sent, [`snapshot`] encodes it, and [`grpc`]
-//! serves it on one TLS port ([`tls`]) to callers that [`auth`] knows, beside the certificate authority ([`ca`]).
+//! serves it on one TLS port ([`tls`]) to callers that [`auth`] knows, beside the certificate authority ([`ca`]). What
+//! must survive is in the [`state_dir`], or in the [`cluster`].
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "tests"))]
 
 mod auth;
 mod ca;
+mod cluster;
 mod config;
 mod controller;
 mod enrollment;
@@ -31,7 +33,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
 use crate::{
-    auth::TokenKey,
+    auth::join::TokenKey,
     config::{Cli, Command, Config, TokenArgs},
     server::Server,
     state_dir::StateDir,

@@ -1,5 +1,6 @@
-//! The mesh's root of trust: a self-made certificate authority in the state directory, created once. It signs leaves;
-//! for whom is decided in `ca`, and in `tls` for the controller's own port.
+//! The mesh's root of trust: a self-made certificate authority, created once and kept in the state directory, or in a
+//! cluster's Secret (`cluster::authority`). It signs leaves; for whom is decided in `ca`, and in `tls` for the
+//! controller's own port.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -67,11 +68,24 @@ impl Root {
         Self::new(pem, key).map_err(bad_certificate)
     }
 
+    /// Certificate and key of a new root, in PEM.
+    pub fn generate(organization: &str) -> Result<(String, String), rcgen::Error> {
+        let key = KeyPair::generate()?;
+        Ok((self_sign(&key, organization)?, key.serialize_pem()))
+    }
+
+    /// The root of that certificate and key, in PEM. The error continues a sentence about the certificate.
+    pub fn from_pem(certificate: String, key: &str) -> Result<Self, String> {
+        let key =
+            KeyPair::from_pem(key).map_err(|error| format!("has a key that cannot be read: {error}"))?;
+        Self::new(certificate, key)
+    }
+
     fn new(pem: String, key: KeyPair) -> Result<Self, String> {
         let (_, block) = x509_parser::pem::parse_x509_pem(pem.as_bytes()).map_err(|e| e.to_string())?;
         let (_, certificate) = X509Certificate::from_der(&block.contents).map_err(|e| e.to_string())?;
         if certificate.public_key().subject_public_key.data.as_ref() != key.public_key_raw() {
-            return Err(format!("does not belong to the key in {KEY_FILE}"));
+            return Err(format!("does not belong to the key beside it, {KEY_FILE}"));
         }
         if !certificate.is_ca() {
             return Err("is not the certificate of an authority".to_owned());

@@ -1,29 +1,31 @@
 //! Puts the parts together: everything `weft-control` needs to start, and the tasks and threads it runs.
 
-use std::{future::Future, net::SocketAddr, sync::Arc};
+use std::{future::Future, net::SocketAddr, path::Path, sync::Arc};
 
 use anyhow::Context;
 use hyper::StatusCode;
 use tokio::{net::TcpListener, sync::mpsc};
 
 use crate::{
-    auth::{Authenticator, TokenKey},
+    auth::{Authenticator, join::TokenKey, review::Reviewer},
     ca::Authority,
-    config::Config,
-    controller::{Controller, Input},
+    cluster::{self, authority, enrollment::Records},
+    config::{Config, Source},
+    controller::{Controller, Input, Published},
     enrollment::Enrollment,
     grpc, http,
     metrics::{self, Metrics},
     root::Root,
-    source::{directory::Directory, watch},
+    source::{directory::Directory, kubernetes, watch},
     state_dir::{Lock, StateDir},
     tls::{self, ServerIdentity},
+    translate::MeshSettings,
 };
 
 /// Changes and reports that wait for the controller. Full, it makes their senders wait.
 const QUEUE: usize = 64;
 
-/// A controller that has read its objects and listens.
+/// A controller that listens, and has read its objects or does.
 pub struct Server {
     listener: TcpListener,
     identity: Arc<ServerIdentity>,
@@ -32,36 +34,42 @@ pub struct Server {
     authority: Authority,
     inputs: mpsc::Sender<Input>,
     metrics: Metrics,
-    _lock: Lock,
+    _lock: Option<Lock>,
+}
+
+/// What differs between a directory and a cluster.
+struct Parts {
+    root: Arc<Root>,
+    authenticator: Authenticator,
+    controller: Controller,
+    published: Published,
+    watching: Watching,
+    lock: Option<Lock>,
+}
+
+/// What sends changes to the controller, once that runs.
+enum Watching {
+    Directory(Directory),
+    Cluster { client: kube::Client, namespace: String },
 }
 
 impl Server {
     /// Reads keys, state and objects, opens the ports, and starts to watch. Whatever is wrong with them is an error
-    /// now rather than later.
+    /// now rather than later. In a cluster objects come later.
     pub async fn start(config: Config) -> anyhow::Result<Self> {
         let metrics = Metrics::default();
-        let state = StateDir::open(&config.state_dir)?;
-        let lock = state.lock()?;
-        let root = Arc::new(Root::load_or_create(&state, config.mesh.trust_domain.as_str())?);
-        let authenticator = Authenticator::new(TokenKey::load_or_create(&state)?, metrics.clone());
+        let parts = match &config.source {
+            Source::Directory { directory, state_dir } => {
+                from_directory(StateDir::open(state_dir)?, directory, &config.mesh, &metrics)?
+            }
+            Source::Kubernetes { namespace } => {
+                from_cluster(namespace.clone(), &config.mesh, &metrics).await?
+            }
+        };
+        let Parts { root, authenticator, controller, published, watching, lock } = parts;
         let identity = ServerIdentity::new(root.clone())?;
-        let directory = Directory::open(&config.directory)?;
-
+        let xds = weft_xds::Server::new(published.snapshots, authenticate(authenticator.clone()));
         let trust_domain = config.mesh.trust_domain.clone();
-        let (mut controller, published) =
-            Controller::new(config.mesh.clone(), Enrollment::load(state)?, metrics.clone());
-        if directory.is_empty() && controller.remembers_pods() {
-            tracing::error!(
-                "{} holds no objects, but pods from it are enrolled: nothing is served until it holds some",
-                directory.path().display()
-            );
-        } else {
-            controller.objects(directory.all());
-        }
-
-        let node_of = authenticator.clone();
-        let authenticate: weft_xds::Authenticate = Arc::new(move |metadata| Ok(node_of.node(metadata)?));
-        let xds = weft_xds::Server::new(published.snapshots, authenticate);
         let authority = Authority::new(root, trust_domain, published.identities, metrics.clone());
 
         let listener = http::bind(config.listen, "agents").await?;
@@ -69,7 +77,7 @@ impl Server {
         serve_readiness(config.ready_listen, &metrics).await?;
         let (inputs, queue) = mpsc::channel(QUEUE);
         std::thread::Builder::new().name("controller".to_owned()).spawn(move || controller.run(queue))?;
-        start_watching(directory, inputs.clone(), metrics.clone())?;
+        watching.start(inputs.clone(), metrics.clone())?;
         Ok(Self { listener, identity, xds, authenticator, authority, inputs, metrics, _lock: lock })
     }
 
@@ -84,14 +92,77 @@ impl Server {
     }
 }
 
-fn start_watching(directory: Directory, inputs: mpsc::Sender<Input>, metrics: Metrics) -> anyhow::Result<()> {
-    metrics.source_complaints.set(directory.complaints().len() as i64);
-    let send = move |delta: crate::source::Delta, complaints: usize| {
-        metrics.source_complaints.set(complaints as i64);
-        delta.is_empty() || inputs.blocking_send(Input::Objects(delta)).is_ok()
-    };
-    std::thread::Builder::new().name("directory".to_owned()).spawn(move || watch::run(directory, send))?;
-    Ok(())
+fn authenticate(authenticator: Authenticator) -> weft_xds::Authenticate {
+    Arc::new(move |metadata| {
+        let (authenticator, metadata) = (authenticator.clone(), metadata.clone());
+        Box::pin(async move { Ok(authenticator.node(&metadata).await?) })
+    })
+}
+
+fn from_directory(
+    state: StateDir,
+    directory: &Path,
+    settings: &MeshSettings,
+    metrics: &Metrics,
+) -> anyhow::Result<Parts> {
+    let lock = state.lock()?;
+    let root = Arc::new(Root::load_or_create(&state, settings.trust_domain.as_str())?);
+    let authenticator = Authenticator::join_tokens(TokenKey::load_or_create(&state)?, metrics.clone());
+    let directory = Directory::open(directory)?;
+    let enrollment = Enrollment::load(state)?;
+    let (mut controller, published) = Controller::new(settings.clone(), enrollment, metrics.clone());
+    if directory.is_empty() && controller.remembers_pods() {
+        tracing::error!(
+            "{} holds no objects, but pods from it are enrolled: nothing is served until it holds some",
+            directory.path().display()
+        );
+    } else {
+        controller.objects(directory.all());
+    }
+    let watching = Watching::Directory(directory);
+    Ok(Parts { root, authenticator, controller, published, watching, lock: Some(lock) })
+}
+
+async fn from_cluster(
+    namespace: Option<String>,
+    settings: &MeshSettings,
+    metrics: &Metrics,
+) -> anyhow::Result<Parts> {
+    let (client, own) = cluster::connect().await?;
+    let namespace = namespace.unwrap_or(own);
+    tracing::info!(target: "cluster", namespace, "configured by the API server");
+    let organization = settings.trust_domain.as_str();
+    let root = cluster::patiently(|| authority::root(&client, &namespace, organization)).await?;
+    cluster::patiently(|| authority::publish(&client, &namespace, root.pem())).await?;
+    let pem = root.pem().to_owned();
+    tokio::spawn(authority::keep_published(client.clone(), namespace.clone(), pem));
+
+    let authenticator = Authenticator::reviews(Reviewer::new(client.clone(), &namespace), metrics.clone());
+    let enrollment = Enrollment::in_cluster(Records::new(client.clone(), &namespace));
+    let (controller, published) = Controller::new(settings.clone(), enrollment, metrics.clone());
+    let watching = Watching::Cluster { client, namespace };
+    Ok(Parts { root: Arc::new(root), authenticator, controller, published, watching, lock: None })
+}
+
+impl Watching {
+    fn start(self, inputs: mpsc::Sender<Input>, metrics: Metrics) -> anyhow::Result<()> {
+        match self {
+            Self::Cluster { client, namespace } => {
+                tokio::spawn(kubernetes::run(client, namespace, inputs, metrics));
+            }
+            Self::Directory(directory) => {
+                metrics.source_complaints.set(directory.complaints().len() as i64);
+                let send = move |delta: crate::source::Delta, complaints: usize| {
+                    metrics.source_complaints.set(complaints as i64);
+                    delta.is_empty() || inputs.blocking_send(Input::Objects(delta)).is_ok()
+                };
+                std::thread::Builder::new()
+                    .name("directory".to_owned())
+                    .spawn(move || watch::run(directory, send))?;
+            }
+        }
+        Ok(())
+    }
 }
 
 async fn serve_metrics(address: SocketAddr, metrics: &Metrics, xds: &weft_xds::Server) -> anyhow::Result<()> {

@@ -3,7 +3,7 @@
 
 use std::{collections::BTreeMap, sync::Arc};
 
-use weft_api::{EndpointSlice, Kind, Namespace, Object, ObjectKey, Pod, Service};
+use weft_api::{EndpointSlice, Kind, Namespace, Node, Object, ObjectKey, Pod, Service, ServiceCidr};
 
 use crate::source::Delta;
 
@@ -16,6 +16,8 @@ pub struct Store {
     pub pods: BTreeMap<Name, Arc<Pod>>,
     pub services: BTreeMap<Name, Arc<Service>>,
     pub slices: BTreeMap<Name, Arc<EndpointSlice>>,
+    pub nodes: BTreeMap<String, Arc<Node>>,
+    pub service_cidrs: BTreeMap<String, Arc<ServiceCidr>>,
 }
 
 impl Store {
@@ -31,6 +33,8 @@ impl Store {
             Object::Pod(o) => drop(self.pods.insert((namespace, name), o)),
             Object::Service(o) => drop(self.services.insert((namespace, name), o)),
             Object::EndpointSlice(o) => drop(self.slices.insert((namespace, name), o)),
+            Object::Node(o) => drop(self.nodes.insert(name, o)),
+            Object::ServiceCidr(o) => drop(self.service_cidrs.insert(name, o)),
         }
     }
 
@@ -41,16 +45,20 @@ impl Store {
             Kind::Pod => drop(self.pods.remove(&name)),
             Kind::Service => drop(self.services.remove(&name)),
             Kind::EndpointSlice => drop(self.slices.remove(&name)),
+            Kind::Node => drop(self.nodes.remove(&name.1)),
+            Kind::ServiceCidr => drop(self.service_cidrs.remove(&name.1)),
         }
     }
 
     /// How many objects of each kind there are.
-    pub fn counts(&self) -> [(Kind, usize); 4] {
+    pub fn counts(&self) -> [(Kind, usize); 6] {
         [
             (Kind::Namespace, self.namespaces.len()),
             (Kind::Pod, self.pods.len()),
             (Kind::Service, self.services.len()),
             (Kind::EndpointSlice, self.slices.len()),
+            (Kind::Node, self.nodes.len()),
+            (Kind::ServiceCidr, self.service_cidrs.len()),
         ]
     }
 }

@@ -36,6 +36,10 @@ fn fixture() -> Fixture {
     Fixture { authority, metrics, root, _state: _guard }
 }
 
+fn n(name: &str) -> Caller {
+    Caller::Node(name.to_owned())
+}
+
 /// A request for `names`, and its key.
 fn csr(names: &[&str], algorithm: &'static rcgen::SignatureAlgorithm) -> (String, KeyPair) {
     let key = KeyPair::generate_for(algorithm).unwrap();
@@ -59,7 +63,7 @@ fn good_csr(names: &[&str]) -> String {
 fn the_chain_verifies_and_the_leaf_is_what_agents_expect() {
     let Fixture { authority, metrics, root, _state } = fixture();
     let (request, key) = csr(&[WEB], &rcgen::PKCS_ECDSA_P256_SHA256);
-    let chain = authority.issue("n1", &request, Some(WEB), Some(Duration::from_secs(600))).unwrap();
+    let chain = authority.issue(&n("n1"), &request, Some(WEB), Some(Duration::from_secs(600))).unwrap();
     assert_eq!(chain.len(), 2);
     assert_eq!(chain[1], root.pem());
     assert_eq!(metrics.certificates_issued.get(), 1);
@@ -86,7 +90,7 @@ fn the_chain_verifies_and_the_leaf_is_what_agents_expect() {
 fn a_day_at_most() {
     let Fixture { authority, _state, .. } = fixture();
     for ttl in [None, Some(Duration::from_secs(u64::MAX)), Some(MAX_TTL * 2)] {
-        let chain = authority.issue("n1", &good_csr(&[]), Some(WEB), ttl).unwrap();
+        let chain = authority.issue(&n("n1"), &good_csr(&[]), Some(WEB), ttl).unwrap();
         let leaf = CertificateDer::from_pem_slice(chain[0].as_bytes()).unwrap();
         let (_, leaf) = X509Certificate::from_der(&leaf).unwrap();
         let left = leaf.validity().time_to_expiration().unwrap();
@@ -97,8 +101,8 @@ fn a_day_at_most() {
 #[test]
 fn the_identity_comes_from_the_request_where_none_is_named_beside_it() {
     let Fixture { authority, _state, .. } = fixture();
-    authority.issue("n1", &good_csr(&[WEB]), None, None).unwrap();
-    authority.issue("n1", &good_csr(&[]), Some(WEB), None).unwrap();
+    authority.issue(&n("n1"), &good_csr(&[WEB]), None, None).unwrap();
+    authority.issue(&n("n1"), &good_csr(&[]), Some(WEB), None).unwrap();
 }
 
 #[test]
@@ -130,7 +134,7 @@ fn refusals_have_their_reason() {
     let mut wrong = Vec::new();
     for (i, (node, csr, asked, reason)) in cases.into_iter().enumerate() {
         let before = refusals(&metrics, reason);
-        let outcome = authority.issue(node, &csr, asked, None).map_err(|refused| refused.reason());
+        let outcome = authority.issue(&n(node), &csr, asked, None).map_err(|refused| refused.reason());
         if outcome != Err(reason) || refusals(&metrics, reason) != before + 1 {
             wrong.push((i, reason, outcome.err().unwrap_or("issued")));
         }
@@ -154,7 +158,7 @@ fn a_request_is_signed_by_its_own_key() {
     let body = base64::engine::general_purpose::STANDARD.encode(der);
     let tampered =
         format!("-----BEGIN CERTIFICATE REQUEST-----\n{body}\n-----END CERTIFICATE REQUEST-----\n");
-    assert_eq!(authority.issue("n1", &tampered, Some(WEB), None), Err(Refused::CsrSignature));
+    assert_eq!(authority.issue(&n("n1"), &tampered, Some(WEB), None), Err(Refused::CsrSignature));
 }
 
 #[test]
@@ -163,5 +167,5 @@ fn nothing_is_issued_before_the_objects_are_read() {
     let (_sender, receiver) = watch::channel(None);
     let authority =
         Authority::new(root, TrustDomain::new("cluster.local").unwrap(), receiver, Metrics::default());
-    assert_eq!(authority.issue("n1", &good_csr(&[WEB]), None, None), Err(Refused::NotReady));
+    assert_eq!(authority.issue(&n("n1"), &good_csr(&[WEB]), None, None), Err(Refused::NotReady));
 }

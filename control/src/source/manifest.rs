@@ -64,6 +64,18 @@ pub fn parse(text: &str, format: Format) -> Result<Manifest, ManifestError> {
     Ok(manifest)
 }
 
+/// Reads one object whose kind is known, as the API server sends it.
+pub fn read(kind: Kind, value: &serde_json::Value) -> Result<Object, FieldError> {
+    let mut track = serde_path_to_error::Track::new();
+    let read = KindSeed(Some(kind)).deserialize(serde_path_to_error::Deserializer::new(value, &mut track));
+    let path = track.path().to_string();
+    match read {
+        Ok(Some(object)) => object.validate().map(|()| object),
+        Ok(None) => Err(FieldError { path, message: "is no object".to_owned() }),
+        Err(error) => Err(FieldError { message: words(&error, &path), path }),
+    }
+}
+
 /// Every document is read twice: first for its kind, then as that kind, so that an error of the second reading has the
 /// line and the path of the field.
 fn parse_yaml(text: &str, manifest: &mut Manifest) -> Result<(), ManifestError> {
@@ -237,6 +249,8 @@ impl<'de> DeserializeSeed<'de> for KindSeed {
             Some(Kind::EndpointSlice) => {
                 Object::EndpointSlice(Arc::new(Deserialize::deserialize(deserializer)?))
             }
+            Some(Kind::Node) => Object::Node(Arc::new(Deserialize::deserialize(deserializer)?)),
+            Some(Kind::ServiceCidr) => Object::ServiceCidr(Arc::new(Deserialize::deserialize(deserializer)?)),
         }))
     }
 }

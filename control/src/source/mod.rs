@@ -1,8 +1,9 @@
 //! Where objects come from. A source reads them, keeps them valid, and sends what changed; what they mean is decided
-//! in `translate`. Today there is one source, a directory of manifests.
+//! in `translate`. There are two, a directory of manifests and a cluster's API server.
 
 pub mod directory;
 pub mod files;
+pub mod kubernetes;
 pub mod manifest;
 pub mod watch;
 

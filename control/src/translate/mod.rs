@@ -4,6 +4,7 @@
 //! It goes over the whole store at every change, which is O(objects). `snapshot` keeps that from encoding, hashing or
 //! sending anything that did not change.
 
+mod networks;
 mod services;
 mod workloads;
 
@@ -35,7 +36,8 @@ pub struct MeshSettings {
     pub pod_networks: Vec<IpNet>,
     pub service_networks: Vec<IpNet>,
     pub external_networks: Vec<IpNet>,
-    /// Whether the annotation with a pod's network namespace counts: only where a directory is read.
+    /// Whether the annotation with a pod's network namespace counts: only where a directory is read. Elsewhere agents
+    /// find the namespace themselves, also of a pod that has no address yet.
     pub netns_annotations: bool,
 }
 
@@ -62,6 +64,17 @@ pub struct Translation {
     pub mesh: MeshConfig,
     /// By what they are about.
     pub problems: BTreeMap<String, String>,
+}
+
+impl Translation {
+    /// Which kind of address would not be captured at all, with the setting that mends it.
+    pub fn uncaptured(&self) -> Option<&'static str> {
+        if self.mesh.pod_networks.is_empty() {
+            return Some("pod networks (--pod-networks, or spec.podCIDR of Nodes)");
+        }
+        let none = self.mesh.service_networks.is_empty();
+        none.then_some("service networks (--service-networks, or ServiceCIDR objects)")
+    }
 }
 
 /// Which identities may be asked for on which node, and whether a pod that labels want in the mesh has it.
@@ -117,6 +130,15 @@ pub fn desired(store: &Store, settings: &MeshSettings) -> Places {
         .collect()
 }
 
+/// The pods of `node` that labels want in the mesh and that have no address yet.
+pub fn waiting(store: &Store, settings: &MeshSettings, node: &str) -> BTreeSet<String> {
+    live_pods(store, settings)
+        .filter(|(_, _, pod)| pod.spec.node_name.as_deref() == Some(node) && pod.addresses().is_empty())
+        .filter(|(_, namespace, pod)| wanted(store, namespace, pod))
+        .map(|(uid, _, _)| uid)
+        .collect()
+}
+
 /// What the certificate authority may issue. A pod counts before it has an address, so that its certificate can be
 /// there when it starts.
 pub fn identities(store: &Store, settings: &MeshSettings) -> Identities {
@@ -135,6 +157,7 @@ pub fn identities(store: &Store, settings: &MeshSettings) -> Identities {
 /// Everything. `enrolled` is who has been reported as enrolled; a pod is announced as reachable by tunnel if it is
 /// among them as the pod it is now, and labels still want it there.
 pub fn translate(store: &Store, enrolled: &Places, settings: &MeshSettings) -> Translation {
+    let settings = &networks::effective(store, settings);
     let mut problems = BTreeMap::new();
     let backends = services::backends(store, settings, &mut problems);
     let desired = desired(store, settings);

@@ -114,7 +114,9 @@ pub(super) fn local(
     let mut local: BTreeMap<String, BTreeMap<String, LocalWorkload>> = BTreeMap::new();
     for (uid, namespace, pod) in live_pods(store, settings) {
         let Some(node) = &pod.spec.node_name else { continue };
-        if pod.spec.host_network || pod.addresses().is_empty() {
+        // Where the runtime asks before it starts a pod, the answer must be there before the address.
+        let too_early = settings.netns_annotations && pod.addresses().is_empty();
+        if pod.spec.host_network || too_early {
             continue;
         }
         let enroll = super::wanted(store, namespace, pod);

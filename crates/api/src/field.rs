@@ -2,6 +2,7 @@
 
 use std::{fmt, net::IpAddr};
 
+use ipnet::IpNet;
 use serde::{Deserialize, Deserializer, de};
 
 /// `null` is the same as an absent field to Kubernetes, also where the field is a list, a map or a boolean.
@@ -60,6 +61,29 @@ fn parse_ip<E: de::Error>(text: &str) -> Result<IpAddr, E> {
     let address: IpAddr =
         text.parse().map_err(|_| E::custom(format_args!("{text:?} is not an IP address")))?;
     Ok(address.to_canonical())
+}
+
+/// A range of addresses, where the empty string is none. Bits behind the prefix are dropped.
+pub(crate) fn optional_network<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Option<IpNet>, D::Error> {
+    match Option::<String>::deserialize(deserializer)? {
+        Some(text) if text.is_empty() => Ok(None),
+        Some(text) => parse_network(&text).map(Some),
+        None => Ok(None),
+    }
+}
+
+/// Ranges of addresses.
+pub(crate) fn networks<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<IpNet>, D::Error> {
+    let texts = Option::<Vec<String>>::deserialize(deserializer)?.unwrap_or_default();
+    texts.iter().map(|text| parse_network(text)).collect()
+}
+
+fn parse_network<E: de::Error>(text: &str) -> Result<IpNet, E> {
+    let network: IpNet =
+        text.parse().map_err(|_| E::custom(format_args!("{text:?} is not a range of addresses")))?;
+    Ok(network.trunc())
 }
 
 /// An address within a list: transparent, but read like [`ip`].

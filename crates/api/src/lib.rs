@@ -12,14 +12,18 @@ pub mod field;
 pub mod labels;
 pub mod meta;
 pub mod namespace;
+pub mod node;
 pub mod object;
 pub mod pod;
 pub mod service;
+pub mod service_cidr;
 
 pub use discovery::EndpointSlice;
 pub use enrollment::{MeshChoice, mesh_choice};
 pub use meta::ObjectMeta;
 pub use namespace::Namespace;
+pub use node::Node;
 pub use object::{FieldError, Kind, Object, ObjectKey};
 pub use pod::Pod;
 pub use service::Service;
+pub use service_cidr::ServiceCidr;

@@ -2,7 +2,7 @@
 
 use std::{fmt, sync::Arc};
 
-use crate::{EndpointSlice, Namespace, ObjectMeta, Pod, Service};
+use crate::{EndpointSlice, Namespace, Node, ObjectMeta, Pod, Service, ServiceCidr};
 
 /// Kinds in the order they are named to people.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -11,10 +11,13 @@ pub enum Kind {
     Pod,
     Service,
     EndpointSlice,
+    Node,
+    ServiceCidr,
 }
 
 impl Kind {
-    pub const ALL: [Self; 4] = [Self::Namespace, Self::Pod, Self::Service, Self::EndpointSlice];
+    pub const ALL: [Self; 6] =
+        [Self::Namespace, Self::Pod, Self::Service, Self::EndpointSlice, Self::Node, Self::ServiceCidr];
 
     /// The kind of that API version and name; None for what Weft does not read.
     pub fn find(api_version: &str, kind: &str) -> Option<Self> {
@@ -23,8 +26,9 @@ impl Kind {
 
     pub fn api_version(self) -> &'static str {
         match self {
-            Self::Namespace | Self::Pod | Self::Service => "v1",
+            Self::Namespace | Self::Pod | Self::Service | Self::Node => "v1",
             Self::EndpointSlice => "discovery.k8s.io/v1",
+            Self::ServiceCidr => "networking.k8s.io/v1",
         }
     }
 
@@ -34,7 +38,30 @@ impl Kind {
             Self::Pod => "Pod",
             Self::Service => "Service",
             Self::EndpointSlice => "EndpointSlice",
+            Self::Node => "Node",
+            Self::ServiceCidr => "ServiceCIDR",
         }
+    }
+
+    /// The name in the API's paths, and in rules of who may read it.
+    pub fn plural(self) -> &'static str {
+        match self {
+            Self::Namespace => "namespaces",
+            Self::Pod => "pods",
+            Self::Service => "services",
+            Self::EndpointSlice => "endpointslices",
+            Self::Node => "nodes",
+            Self::ServiceCidr => "servicecidrs",
+        }
+    }
+
+    /// Whether a cluster may do without: its API server is too old, or the definition is not installed.
+    pub fn is_optional(self) -> bool {
+        matches!(self, Self::ServiceCidr)
+    }
+
+    fn is_cluster_scoped(self) -> bool {
+        matches!(self, Self::Namespace | Self::Node | Self::ServiceCidr)
     }
 }
 
@@ -45,13 +72,15 @@ pub enum Object {
     Pod(Arc<Pod>),
     Service(Arc<Service>),
     EndpointSlice(Arc<EndpointSlice>),
+    Node(Arc<Node>),
+    ServiceCidr(Arc<ServiceCidr>),
 }
 
 /// What makes two objects the same one.
 #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct ObjectKey {
     pub kind: Kind,
-    /// Empty for a Namespace.
+    /// Empty for what is in none, such as a Namespace.
     pub namespace: String,
     pub name: String,
 }
@@ -80,6 +109,8 @@ impl Object {
             Self::Pod(o) => &o.metadata,
             Self::Service(o) => &o.metadata,
             Self::EndpointSlice(o) => &o.metadata,
+            Self::Node(o) => &o.metadata,
+            Self::ServiceCidr(o) => &o.metadata,
         }
     }
 
@@ -89,24 +120,27 @@ impl Object {
             Self::Pod(_) => Kind::Pod,
             Self::Service(_) => Kind::Service,
             Self::EndpointSlice(_) => Kind::EndpointSlice,
+            Self::Node(_) => Kind::Node,
+            Self::ServiceCidr(_) => Kind::ServiceCidr,
         }
     }
 
     /// An object without a namespace is in `default`, as kubectl reads a manifest.
     pub fn key(&self) -> ObjectKey {
         let metadata = self.metadata();
-        let namespace = match self {
-            Self::Namespace(_) => "",
-            _ => metadata.namespace.as_deref().unwrap_or("default"),
+        let kind = self.kind();
+        let namespace = match kind.is_cluster_scoped() {
+            true => "",
+            false => metadata.namespace.as_deref().unwrap_or("default"),
         };
-        ObjectKey { kind: self.kind(), namespace: namespace.to_owned(), name: metadata.name.clone() }
+        ObjectKey { kind, namespace: namespace.to_owned(), name: metadata.name.clone() }
     }
 
     /// Checks what the fields' types cannot show.
     pub fn validate(&self) -> Result<(), FieldError> {
         match self {
             Self::EndpointSlice(slice) => slice.validate(),
-            Self::Namespace(_) | Self::Pod(_) | Self::Service(_) => Ok(()),
+            _ => Ok(()),
         }
     }
 }

@@ -3,7 +3,9 @@
 
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
-use weft_api::{EndpointSlice, Kind, Namespace, Object, Pod, Service, field::is_dns_subdomain};
+use weft_api::{
+    EndpointSlice, Kind, Namespace, Node, Object, Pod, Service, ServiceCidr, field::is_dns_subdomain,
+};
 
 /// The path and the words of the error.
 fn refused<T: DeserializeOwned>(value: Value) -> (String, String) {
@@ -170,6 +172,40 @@ fn names_cannot_smuggle_separators() {
     }
     for bad in ["", ".", "..", "a.", ".a", "-a", "a-", "a/b", "A", "a b", "a_b", "ä", &"a".repeat(254)] {
         assert!(!is_dns_subdomain(bad), "{bad}");
+    }
+}
+
+#[test]
+fn a_node_as_the_api_server_writes_it() {
+    let node: Node = read(json!({
+        "metadata": {"name": "n1", "uid": "1"},
+        "spec": {"podCIDR": "10.1.0.0/24", "podCIDRs": ["10.1.0.0/24", "fd00:1::5/64"], "taints": []},
+        "status": {"addresses": [
+            {"type": "InternalIP", "address": "192.0.2.1"}, {"type": "ExternalIP", "address": "::ffff:203.0.113.1"},
+            {"type": "Hostname", "address": "10.9.9.9"}, {"type": "InternalIP", "address": "n1.example.org"}
+        ]}
+    }));
+    let networks: Vec<String> = node.pod_networks().map(|n| n.to_string()).collect();
+    assert_eq!(networks, ["10.1.0.0/24", "10.1.0.0/24", "fd00:1::/64"]);
+    let addresses: Vec<String> = node.addresses().map(|a| a.to_string()).collect();
+    assert_eq!(addresses, ["192.0.2.1", "203.0.113.1"]);
+    assert_eq!(Object::Node(node.into()).key().to_string(), "Node n1");
+    let bare: Node = read(json!({"metadata": {"name": "n1"}, "spec": {"podCIDR": "", "podCIDRs": null}}));
+    assert_eq!(bare.pod_networks().count(), 0);
+    assert_eq!(
+        refused::<Node>(json!({"metadata": {"name": "n1"}, "spec": {"podCIDRs": ["10.1.0.0"]}})).0,
+        "spec.podCIDRs"
+    );
+}
+
+#[test]
+fn a_service_cidr_is_in_no_namespace() {
+    let cidr: ServiceCidr =
+        read(json!({"metadata": {"name": "kubernetes"}, "spec": {"cidrs": ["10.96.0.0/12", "fd01::/112"]}}));
+    assert_eq!(cidr.spec.cidrs.len(), 2);
+    assert_eq!(Object::ServiceCidr(cidr.into()).key().to_string(), "ServiceCIDR kubernetes");
+    for kind in Kind::ALL {
+        assert_eq!(Kind::find(kind.api_version(), kind.as_str()), Some(kind));
     }
 }
 

@@ -26,7 +26,7 @@ mod version;
 pub use backoff::Backoff;
 pub use channel::{AuthenticatedChannel, BearerToken, ConfigError, ControlEndpoint, TokenSource, channel};
 pub use client::{ClientConfig, run};
-pub use server::{Authenticate, NodeName, Server, Service, Stats, with_keepalive};
+pub use server::{Authenticate, Authentication, NodeName, Server, Service, Stats, with_keepalive};
 pub use snapshot::{Resources, Snapshot, resource};
 pub use update::{Resource, Update};
 pub use version::Version;

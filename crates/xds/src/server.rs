@@ -29,8 +29,12 @@ const MAX_NAMES: usize = 1 << 20;
 /// Name of a node, as its token proves it.
 pub type NodeName = String;
 
-/// Says which node is calling, from the metadata of the call (`authorization`), or refuses it. Run for every stream.
-pub type Authenticate = Arc<dyn Fn(&MetadataMap) -> Result<NodeName, Status> + Send + Sync>;
+/// What an [`Authenticate`] answers, in time.
+pub type Authentication = Pin<Box<dyn Future<Output = Result<NodeName, Status>> + Send>>;
+
+/// Says which node is calling, from the metadata of the call (`authorization`), or refuses it. Run for every stream;
+/// somebody else may have to be asked.
+pub type Authenticate = Arc<dyn Fn(&MetadataMap) -> Authentication + Send + Sync>;
 
 /// The gRPC service to add to a tonic router.
 pub type Service = AggregatedDiscoveryServiceServer<Server>;
@@ -116,7 +120,8 @@ impl AggregatedDiscoveryService for Server {
         &self,
         request: Request<Streaming<DeltaDiscoveryRequest>>,
     ) -> Result<Response<Self::DeltaAggregatedResourcesStream>, Status> {
-        let node = (self.authenticate)(request.metadata()).inspect_err(|status| {
+        let authentication = (self.authenticate)(request.metadata());
+        let node = authentication.await.inspect_err(|status| {
             self.stats.refused.fetch_add(1, Ordering::Relaxed);
             warn!(peer = ?request.remote_addr(), reason = status.message(), "refused an xDS stream");
         })?;

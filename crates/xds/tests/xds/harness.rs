@@ -99,7 +99,10 @@ impl Controller {
             Arc::new(|metadata| {
                 let token = metadata.get("authorization").and_then(|value| value.to_str().ok());
                 let node = token.and_then(|token| token.strip_prefix("Bearer let-me-in-"));
-                node.map(str::to_owned).ok_or_else(|| Status::unauthenticated("not a token of this mesh"))
+                let node = node
+                    .map(str::to_owned)
+                    .ok_or_else(|| Status::unauthenticated("not a token of this mesh"));
+                Box::pin(std::future::ready(node))
             }),
         );
         let stats = server.stats();

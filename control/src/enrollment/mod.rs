@@ -1,6 +1,7 @@
 //! Who is enrolled, as agents reported it, remembered over restarts. A pod that was announced as reachable by tunnel
 //! only must never be announced as plaintext again because the controller forgot: that ends only with its label or
-//! the pod itself. The state is on disk before anything that follows from it is published.
+//! the pod itself. It is written down, in the state directory or in the cluster, before anything that follows from it is
+//! published.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -9,7 +10,13 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
-use crate::state_dir::{Access, StateDir, StateError};
+use crate::{
+    cluster::{
+        ClusterError,
+        enrollment::{Heard, Records},
+    },
+    state_dir::{Access, StateDir, StateError},
+};
 
 const FILE: &str = "enrollment.json";
 const VERSION: u32 = 1;
@@ -34,16 +41,36 @@ struct Persisted {
     enrolled: Places,
 }
 
+/// Why nothing could be written down.
+#[derive(Debug, thiserror::Error)]
+pub enum EnrollmentError {
+    #[error(transparent)]
+    State(#[from] StateError),
+    #[error(transparent)]
+    Cluster(#[from] ClusterError),
+}
+
+#[derive(Debug)]
+enum Storage {
+    Directory(StateDir),
+    Cluster(Records),
+}
+
 #[derive(Debug)]
 pub struct Enrollment {
-    state: StateDir,
+    storage: Storage,
     /// In force.
     enrolled: Places,
-    /// As on disk. Behind `enrolled` only in removals that could not be written.
+    /// As written down. Behind `enrolled` only in removals.
     written: Places,
 }
 
 impl Enrollment {
+    /// In a cluster. What earlier controllers left comes with [`Enrollment::heard`].
+    pub fn in_cluster(records: Records) -> Self {
+        Self { storage: Storage::Cluster(records), enrolled: Places::new(), written: Places::new() }
+    }
+
     /// What an earlier run left. A file that cannot be understood is an error: to start without it would announce
     /// enrolled pods as plaintext.
     pub fn load(state: StateDir) -> Result<Self, StateError> {
@@ -62,7 +89,7 @@ impl Enrollment {
                 persisted.enrolled
             }
         };
-        Ok(Self { state, written: enrolled.clone(), enrolled })
+        Ok(Self { storage: Storage::Directory(state), written: enrolled.clone(), enrolled })
     }
 
     pub fn enrolled(&self) -> &Places {
@@ -74,11 +101,35 @@ impl Enrollment {
     pub fn retain(&mut self, desired: &Places) {
         let before = self.enrolled.len();
         self.enrolled.retain(|uid, place| desired.get(uid) == Some(place));
-        if self.enrolled.len() != before
-            && let Err(error) = self.write(self.enrolled.clone())
-        {
-            tracing::error!(target: "enrollment", "cannot write down who left the mesh: {error}");
+        if self.enrolled.len() != before && matches!(self.storage, Storage::Directory(_)) {
+            self.tidy();
         }
+    }
+
+    /// Writes down who was forgotten. In a cluster that is left for when there is nothing else to do, since pods that
+    /// end are many and an old entry of one counts for nothing. Returns whether another replica was found to have
+    /// written more.
+    pub fn tidy(&mut self) -> bool {
+        let differs = |one: &Places, other: &Places| -> BTreeSet<String> {
+            let places = one.iter().filter(|(uid, place)| other.get(*uid) != Some(place));
+            places.map(|(_, place)| place.node.clone()).collect()
+        };
+        if self.written == self.enrolled {
+            return false;
+        }
+        let mut nodes = differs(&self.written, &self.enrolled);
+        nodes.append(&mut differs(&self.enrolled, &self.written));
+        let before = self.enrolled.len();
+        for node in nodes {
+            match self.write(&node, self.enrolled.clone()) {
+                Ok(added) => self.enrolled.extend(added),
+                Err(error) => {
+                    tracing::error!(target: "enrollment", "cannot write down who left the mesh: {error}");
+                    break;
+                }
+            }
+        }
+        self.enrolled.len() != before
     }
 
     /// Takes in what `node` reports as enrolled. Only pods that `desired` places on that node count; a pod left out
@@ -88,7 +139,7 @@ impl Enrollment {
         node: &str,
         uids: &BTreeSet<String>,
         desired: &Places,
-    ) -> Result<bool, StateError> {
+    ) -> Result<bool, EnrollmentError> {
         let mut enrolled = self.enrolled.clone();
         for uid in uids {
             if let Some(place) = desired.get(uid).filter(|place| place.node == node) {
@@ -98,21 +149,55 @@ impl Enrollment {
         if enrolled == self.enrolled {
             return Ok(false);
         }
-        self.write(enrolled.clone())?;
+        let added = self.write(node, enrolled.clone())?;
         self.enrolled = enrolled;
+        self.enrolled.extend(added.into_iter().filter(|(uid, place)| desired.get(uid) == Some(place)));
         Ok(true)
     }
 
-    fn write(&mut self, enrolled: Places) -> Result<(), StateError> {
-        if enrolled == self.written {
-            return Ok(());
+    /// Takes in what is written down in the cluster: by an earlier controller if `desired` is None, since objects have
+    /// not been read yet, else by another replica, and then only pods that are still what they were count. Nothing ends
+    /// by it: every replica sees for itself what labels and pods say. Returns whether anything changed.
+    pub fn heard(&mut self, heard: &Heard, desired: Option<&Places>) -> bool {
+        let Storage::Cluster(records) = &mut self.storage else { return false };
+        if !records.heard(heard) {
+            return false;
         }
-        let persisted = Persisted { version: VERSION, enrolled };
-        let text = serde_json::to_vec_pretty(&persisted)
-            .map_err(|e| StateError::Invalid { path: self.state.path(FILE), why: e.to_string() })?;
-        self.state.write(FILE, &text, Access::Private)?;
-        self.written = persisted.enrolled;
-        Ok(())
+        self.written.retain(|_, place| place.node != heard.node);
+        let mut changed = false;
+        for (uid, place) in heard.record.iter().flat_map(|record| &record.places) {
+            self.written.insert(uid.clone(), place.clone());
+            let counts = desired.is_none_or(|desired| desired.get(uid) == Some(place));
+            if counts && self.enrolled.get(uid) != Some(place) {
+                self.enrolled.insert(uid.clone(), place.clone());
+                changed = true;
+            }
+        }
+        changed
+    }
+
+    /// Writes `enrolled` down: in a directory all of it, in a cluster what concerns `node`. Returns what another replica
+    /// had added there.
+    fn write(&mut self, node: &str, enrolled: Places) -> Result<Places, EnrollmentError> {
+        match &mut self.storage {
+            Storage::Directory(state) => {
+                let persisted = Persisted { version: VERSION, enrolled };
+                let text = serde_json::to_vec_pretty(&persisted)
+                    .map_err(|e| StateError::Invalid { path: state.path(FILE), why: e.to_string() })?;
+                state.write(FILE, &text, Access::Private)?;
+                self.written = persisted.enrolled;
+                Ok(Places::new())
+            }
+            Storage::Cluster(records) => {
+                let of_node: Places = enrolled.into_iter().filter(|(_, place)| place.node == node).collect();
+                let written = records.write(node, of_node.clone())?;
+                let added = written.iter().filter(|(uid, _)| !of_node.contains_key(*uid));
+                let added = added.map(|(uid, place)| (uid.clone(), place.clone())).collect();
+                self.written.retain(|_, place| place.node != node);
+                self.written.extend(written);
+                Ok(added)
+            }
+        }
     }
 }
 

@@ -4,48 +4,18 @@
 //! `weft.v1.NODE.EXPIRY.MAC`: the node in base64url, the expiry in seconds since 1970, the HMAC-SHA256 of everything
 //! before the last dot in base64url. Changing the key revokes every token.
 
-use std::{
-    sync::Arc,
-    time::{Duration, SystemTime, UNIX_EPOCH},
-};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use aws_lc_rs::{hmac, rand};
 use base64::{Engine, engine::general_purpose::URL_SAFE_NO_PAD as BASE64};
-use tonic::{Status, metadata::MetadataMap};
 use weft_api::field::is_dns_subdomain;
 
-use crate::{
-    metrics::Metrics,
-    state_dir::{Access, StateDir, StateError},
-};
+use super::Refused;
+use crate::state_dir::{Access, StateDir, StateError};
 
 const KEY_FILE: &str = "token.key";
 const KEY_LENGTH: usize = 32;
 const PREFIX: &str = "weft.v1";
-
-/// Why a caller is not believed.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum TokenRefused {
-    #[error("no join token: expected `authorization: Bearer weft.v1...`")]
-    Missing,
-    #[error("not a join token of Weft")]
-    Malformed,
-    #[error("the join token was not made by this controller, or was changed")]
-    Forged,
-    #[error("the join token of node {node} has expired; make another with `weft-control token`")]
-    Expired { node: String },
-}
-
-impl TokenRefused {
-    pub fn reason(&self) -> &'static str {
-        match self {
-            Self::Missing => "token_missing",
-            Self::Malformed => "token_malformed",
-            Self::Forged => "token_forged",
-            Self::Expired { .. } => "token_expired",
-        }
-    }
-}
 
 /// Why no token can be made for a node.
 #[derive(Debug, thiserror::Error)]
@@ -87,54 +57,18 @@ impl TokenKey {
 
     /// The node that `token` proves. Nothing in a token is looked at before its HMAC, which is compared in constant
     /// time.
-    pub fn verify(&self, token: &str, now: SystemTime) -> Result<String, TokenRefused> {
-        let (signed, mac) = token.rsplit_once('.').ok_or(TokenRefused::Malformed)?;
-        let mac = BASE64.decode(mac).map_err(|_| TokenRefused::Malformed)?;
-        let fields = signed
-            .strip_prefix(PREFIX)
-            .and_then(|rest| rest.strip_prefix('.'))
-            .ok_or(TokenRefused::Malformed)?;
-        hmac::verify(&self.0, signed.as_bytes(), &mac).map_err(|_| TokenRefused::Forged)?;
-        let (node, expiry) = fields.split_once('.').ok_or(TokenRefused::Malformed)?;
+    pub fn verify(&self, token: &str, now: SystemTime) -> Result<String, Refused> {
+        let (signed, mac) = token.rsplit_once('.').ok_or(Refused::Malformed)?;
+        let mac = BASE64.decode(mac).map_err(|_| Refused::Malformed)?;
+        let fields =
+            signed.strip_prefix(PREFIX).and_then(|rest| rest.strip_prefix('.')).ok_or(Refused::Malformed)?;
+        hmac::verify(&self.0, signed.as_bytes(), &mac).map_err(|_| Refused::Forged)?;
+        let (node, expiry) = fields.split_once('.').ok_or(Refused::Malformed)?;
         let node = BASE64.decode(node).ok().and_then(|node| String::from_utf8(node).ok());
-        let node = node.ok_or(TokenRefused::Malformed)?;
-        let expiry: u64 = expiry.parse().map_err(|_| TokenRefused::Malformed)?;
+        let node = node.ok_or(Refused::Malformed)?;
+        let expiry: u64 = expiry.parse().map_err(|_| Refused::Malformed)?;
         let now = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        if now >= expiry { Err(TokenRefused::Expired { node }) } else { Ok(node) }
-    }
-}
-
-/// Says who is calling, on every service of the port.
-#[derive(Clone)]
-pub struct Authenticator {
-    key: Arc<TokenKey>,
-    metrics: Metrics,
-}
-
-impl Authenticator {
-    pub fn new(key: TokenKey, metrics: Metrics) -> Self {
-        Self { key: Arc::new(key), metrics }
-    }
-
-    /// The caller's node.
-    pub fn node(&self, metadata: &MetadataMap) -> Result<String, TokenRefused> {
-        let verified = bearer(metadata).and_then(|token| self.key.verify(token, SystemTime::now()));
-        verified.inspect_err(|refused| {
-            self.metrics.refused_caller(refused.reason());
-            tracing::warn!(target: "auth", "a caller was refused: {refused}");
-        })
-    }
-}
-
-fn bearer(metadata: &MetadataMap) -> Result<&str, TokenRefused> {
-    let value = metadata.get("authorization").ok_or(TokenRefused::Missing)?;
-    let value = value.to_str().map_err(|_| TokenRefused::Malformed)?;
-    value.strip_prefix("Bearer ").map(str::trim).ok_or(TokenRefused::Missing)
-}
-
-impl From<TokenRefused> for Status {
-    fn from(refused: TokenRefused) -> Status {
-        Status::unauthenticated(refused.to_string())
+        if now >= expiry { Err(Refused::Expired { node }) } else { Ok(node) }
     }
 }
 
@@ -155,7 +89,7 @@ mod tests {
         assert_eq!(key.verify(&token, now), Ok("node-1".to_owned()));
         // The same key after a restart.
         assert_eq!(TokenKey::load_or_create(&state).unwrap().verify(&token, now), Ok("node-1".to_owned()));
-        let expired = TokenRefused::Expired { node: "node-1".to_owned() };
+        let expired = Refused::Expired { node: "node-1".to_owned() };
         assert_eq!(key.verify(&token, now + HOUR + HOUR), Err(expired));
     }
 
@@ -174,9 +108,9 @@ mod tests {
         }
         let mac = token.rsplit_once('.').unwrap().1;
         let forged = format!("weft.v1.{}.99999999999.{mac}", BASE64.encode("node-1"));
-        assert_eq!(key.verify(&forged, now), Err(TokenRefused::Forged));
+        assert_eq!(key.verify(&forged, now), Err(Refused::Forged));
         let foreign = TokenKey::load_or_create(&other).unwrap().issue("node-1", HOUR, now).unwrap();
-        assert_eq!(key.verify(&foreign, now), Err(TokenRefused::Forged));
+        assert_eq!(key.verify(&foreign, now), Err(Refused::Forged));
         for malformed in
             ["", "weft.v1", "weft.v1..", "a.b.c", "weft.v2.bm9kZQ.1.AA", "....", "weft.v1.a.b.\u{e9}"]
         {
