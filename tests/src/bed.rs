@@ -131,9 +131,11 @@ fn entries(dir: &Path) -> impl Iterator<Item = PathBuf> {
 
 fn collect_logs(dir: &Path, logs: &mut Vec<PathBuf>) {
     for path in entries(dir) {
-        if path.extension().is_some_and(|extension| extension == "log") {
+        // Not by links: a kubelet leaves some that lead nowhere from outside its node.
+        let Ok(kind) = path.symlink_metadata().map(|meta| meta.file_type()) else { continue };
+        if kind.is_file() && path.extension().is_some_and(|extension| extension == "log") {
             logs.push(path);
-        } else if path.symlink_metadata().is_ok_and(|meta| meta.is_dir()) {
+        } else if kind.is_dir() {
             collect_logs(&path, logs);
         }
     }

@@ -30,6 +30,11 @@ pub struct Builder {
 }
 
 impl Builder {
+    /// The name that it will have.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// Adds a node.
     pub fn node(mut self, name: &str) -> Builder {
         self.nodes.push(name.to_owned());

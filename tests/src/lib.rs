@@ -16,6 +16,7 @@ pub mod evidence;
 pub mod helper;
 pub mod http;
 pub mod isolate;
+pub mod kubernetes;
 pub mod manifest;
 pub mod metrics;
 pub mod netns;

@@ -124,6 +124,11 @@ impl Topology {
         Ok(place)
     }
 
+    /// Makes a machine on the wire, at the host number given.
+    pub(crate) fn add_machine(&self, name: &str, host: u8) -> Result<Place> {
+        attach(&self.bed, &self.wire, name, host)
+    }
+
     /// Starts recording the wire.
     pub fn capture(&self) -> Result<Capture> {
         Capture::start(&self.wire)

@@ -5,6 +5,7 @@ mod bed;
 mod escape;
 mod failure;
 mod identity;
+mod kubernetes;
 mod operations;
 mod outside;
 mod races;
@@ -49,6 +50,7 @@ fn all() -> Vec<Scenario> {
         identity::SCENARIOS,
         outside::SCENARIOS,
         operations::SCENARIOS,
+        kubernetes::SCENARIOS,
     ]
     .concat()
 }

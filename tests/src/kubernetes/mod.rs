@@ -1,0 +1,181 @@
+//! A real Kubernetes cluster on this machine: etcd, kube-apiserver and the rest on a machine of the bed's network, and
+//! nodes with containerd, kubelet and kube-proxy, each in namespaces of its own. Lives in the bed, and ends with it.
+//!
+//! The programs are one binary, built by `cargo xtask` from the Go module in `tests/kubernetes/hyperkube`; images are what
+//! `cargo xtask images` leaves in `target/images`.
+
+mod cgroup;
+mod control_plane;
+mod node;
+mod pki;
+
+use std::ffi::OsString;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+
+pub use control_plane::{ControlPlane, DNS_ADDRESS, POD_CIDR, SERVICE_CIDR};
+pub use node::KubeNode;
+
+use crate::bed::Bed;
+use crate::capture::Capture;
+use crate::poll::{pause, until, until_some};
+use crate::topology::Topology;
+
+const NODE_READY: Duration = Duration::from_secs(120);
+
+/// A running cluster.
+#[derive(Debug)]
+pub struct KubeCluster {
+    // Nodes first: their kubelets would complain about the rest.
+    nodes: Vec<KubeNode>,
+    plane: ControlPlane,
+    topology: Topology,
+}
+
+impl KubeCluster {
+    /// Starts a control plane and these nodes, and waits until all are Ready and reach each other's pods.
+    pub fn start(name: &str, nodes: &[&str]) -> Result<KubeCluster> {
+        let programs = programs()?;
+        let images = images()?;
+        let bed = Bed::new(name)?;
+        let topology = Topology::create(&bed, &[])?;
+        let plane = ControlPlane::start(&topology.control, &programs)?;
+        let mut started = Vec::new();
+        for (host, node) in (11..).zip(nodes) {
+            let place = topology.add_machine(node, host)?;
+            place.netns().sysctl("ipv4/ip_forward", "1")?;
+            // The kubelet and kube-proxy look for a default route.
+            place.netns().ip(&format!("route add default via {}", topology.control.v4))?;
+            started.push(KubeNode::start(&place, &plane, topology.control.v4, &programs, &images)?);
+        }
+        let cluster = KubeCluster { nodes: started, plane, topology };
+        cluster.wire_pods()?;
+        cluster.kubectl(["wait", "--for=condition=Ready", "nodes", "--all", "--timeout=60s"])?;
+        Ok(cluster)
+    }
+
+    /// Gives each node its range of addresses, and every machine the routes to them.
+    fn wire_pods(&self) -> Result<()> {
+        let mut ranges = Vec::new();
+        for node in &self.nodes {
+            let name = node.place().name();
+            let cidr = until_some(NODE_READY, &format!("{name} has a range of pod addresses"), || {
+                let range = self.kubectl(["get", "node", name, "-o", "jsonpath={.spec.podCIDR}"])?;
+                Ok((!range.is_empty()).then_some(range))
+            })?;
+            node.write_cni(&cidr)?;
+            ranges.push((node.place(), cidr));
+        }
+        let machines = self.nodes.iter().map(KubeNode::place).chain([&self.topology.control]);
+        for machine in machines {
+            for (node, range) in ranges.iter().filter(|(node, _)| node.name() != machine.name()) {
+                machine.netns().ip(&format!("route add {range} via {}", node.v4))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The nodes.
+    pub fn nodes(&self) -> &[KubeNode] {
+        &self.nodes
+    }
+
+    /// The node of that name.
+    pub fn node(&self, name: &str) -> Result<&KubeNode> {
+        let found = self.nodes.iter().find(|node| node.place().name() == name);
+        found.with_context(|| format!("there is no node {name}"))
+    }
+
+    /// The control plane.
+    pub fn control_plane(&self) -> &ControlPlane {
+        &self.plane
+    }
+
+    /// Runs kubectl as the administrator; it must succeed. Returns its standard output.
+    pub fn kubectl<S: Into<OsString>>(&self, args: impl IntoIterator<Item = S>) -> Result<String> {
+        self.plane.kubectl(args)
+    }
+
+    /// `kubectl apply`.
+    pub fn apply(&self, yaml: &str) -> Result<()> {
+        let mut child = self
+            .plane
+            .kubectl_command(["apply", "-f", "-"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .context("kubectl apply")?;
+        child.stdin.take().context("its input")?.write_all(yaml.as_bytes())?;
+        let output = child.wait_with_output()?;
+        ensure!(output.status.success(), "kubectl apply: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(())
+    }
+
+    /// Runs a command in a pod of a namespace; it must succeed.
+    pub fn exec(&self, namespace: &str, pod: &str, command: &[&str]) -> Result<String> {
+        self.kubectl([&["exec", "-n", namespace, pod, "--"], command].concat())
+    }
+
+    /// A field of an object.
+    pub fn field(&self, namespace: &str, object: &str, path: &str) -> Result<String> {
+        self.kubectl(["get", "-n", namespace, object, "-o", &format!("jsonpath={{{path}}}")])
+    }
+
+    /// Waits until these pods are Ready; says how they are if they do not get there.
+    pub fn wait_ready(&self, namespace: &str, pods: &[&str], limit: Duration) -> Result<()> {
+        let start = Instant::now();
+        for pod in pods {
+            let left = limit.saturating_sub(start.elapsed()).max(Duration::from_secs(1));
+            let result = until(left, &format!("{namespace}/{pod} is Ready"), || {
+                let path = ".status.conditions[?(@.type==\"Ready\")].status";
+                let ready = self.field(namespace, &format!("pod/{pod}"), path)?;
+                pause(Duration::from_millis(100));
+                Ok(ready == "True")
+            });
+            if let Err(error) = result {
+                let story = self.kubectl(["describe", "-n", namespace, "pod", pod]).unwrap_or_default();
+                bail!("{error:#}\n{story}");
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts recording the wire between the nodes.
+    pub fn capture(&self) -> Result<Capture> {
+        self.topology.capture()
+    }
+}
+
+/// The directory of the Kubernetes programs: `KUBEBUILDER_ASSETS`, or where `cargo xtask` has built them.
+fn programs() -> Result<PathBuf> {
+    let built = || {
+        let cache = std::env::var_os("WEFT_CACHE").map(PathBuf::from);
+        let cache = cache.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache/weft")))?;
+        Some(cache.join("kubernetes"))
+    };
+    let given = std::env::var_os("KUBEBUILDER_ASSETS").map(PathBuf::from);
+    let whole =
+        |dir: &Path| ["etcd", "kube-apiserver", "kubelet", "kubectl"].iter().all(|p| dir.join(p).exists());
+    let found = given.into_iter().chain(built()).find(|dir| whole(dir));
+    found.context("the Kubernetes programs are not there: `cargo xtask test kubernetes` builds them first")
+}
+
+/// Every image that the nodes get: `target/images`, beside the profile's directory.
+fn images() -> Result<Vec<PathBuf>> {
+    let own = std::env::current_exe().context("own path")?;
+    let dir = own.ancestors().nth(2).context("target directory")?.join("images");
+    let mut images: Vec<_> = std::fs::read_dir(&dir)
+        .with_context(|| format!("{}: `cargo xtask images --development` makes them", dir.display()))?
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| path.extension().is_some_and(|extension| extension == "tar"))
+        .collect();
+    images.sort();
+    ensure!(!images.is_empty(), "{} holds no image", dir.display());
+    Ok(images)
+}
