@@ -6,6 +6,8 @@
 
 mod build;
 mod ebpf;
+mod images;
+mod kubernetes;
 mod packages;
 mod run;
 mod say;
@@ -35,6 +37,7 @@ enum Command {
     Setup(setup::Arguments),
     BuildEbpf(ebpf::Arguments),
     Test(test::Arguments),
+    Images(images::Arguments),
     Demo(build::DemoArguments),
     Bench(build::BenchArguments),
 }
@@ -49,6 +52,7 @@ fn main() -> ExitCode {
         Command::Setup(arguments) => setup::main(&arguments),
         Command::BuildEbpf(arguments) => ebpf::main(&arguments),
         Command::Test(arguments) => return test::main(&arguments),
+        Command::Images(arguments) => images::main(&arguments),
         Command::Demo(arguments) => build::demo(&arguments),
         Command::Bench(arguments) => build::bench(&arguments),
     };

@@ -59,9 +59,9 @@ pub enum Purpose {
 
 /// What a command needs to run besides the toolchains. The compilers' own packages are toolchain.rs's business.
 pub fn of(purpose: Purpose) -> Vec<Package> {
-    use Probe::{FileBelow, Program};
+    use Probe::{File, FileBelow, Program};
     use Purpose::{All, Bench, Demo, Test};
-    let all: [(&[Purpose], &str, &'static str, Probe); 10] = [
+    let all: [(&[Purpose], &str, &'static str, Probe); 17] = [
         (&[Test, Demo, Bench], "gcc", "the C code of aws-lc", Program("cc")),
         (&[Test, Demo, Bench], "iproute2", "namespaces and wires of the test bed", Program("ip")),
         (&[Test, Demo, Bench], "procps", "processes and sysctls of the test bed", Program("sysctl")),
@@ -75,6 +75,18 @@ pub fn of(purpose: Purpose) -> Vec<Package> {
             FileBelow("/usr/lib/postgresql", "bin/postgres"),
         ),
         (&[Test], "default-jdk-headless", "a JVM client as workload", Program("javac")),
+        (&[Test], "containerd", "the test cluster's container runtime", Program("containerd")),
+        (&[Test], "runc", "starts the test cluster's containers", Program("runc")),
+        (
+            &[Test],
+            "containernetworking-plugins",
+            "the test cluster's pod network",
+            File("/usr/lib/cni/bridge".to_owned()),
+        ),
+        (&[Test], "busybox-static", "applications in the test cluster", Program("busybox")),
+        (&[Test], "iptables", "port mappings of the test cluster", Program("iptables")),
+        (&[Test], "nftables", "Services of the test cluster", Program("nft")),
+        (&[Test], "conntrack", "Services of the test cluster", Program("conntrack")),
         (&[Test, Bench], "wrk", "requests per second", Program("wrk")),
         (&[Test, Bench], "iperf3", "bytes per second", Program("iperf3")),
     ];

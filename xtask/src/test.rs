@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::packages::{self, Purpose};
-use crate::{build, ebpf, run, say, setup, tree};
+use crate::{build, ebpf, images, kubernetes, run, say, setup, tree};
 
 /// Check formatting and lints, run the unit tests, build everything, and run the scenarios
 #[derive(clap::Args)]
@@ -70,7 +70,10 @@ fn phases(arguments: &Arguments, report: &mut Report) -> Result<()> {
         report.phase("lints", |_| lints())?;
         report.phase("unit tests", unit_tests)?;
     }
-    report.phase("build", |_| build::programs(build::Profile::Development).map(drop))?;
+    report.phase("build", |_| {
+        build::programs(build::Profile::Development).and_then(|dir| images::for_tests(&dir))
+    })?;
+    report.phase("kubernetes", |_| kubernetes::programs().map(drop))?;
     report.phase("scenarios", |report| scenarios(arguments, report))
 }
 
@@ -139,6 +142,7 @@ fn scenarios(arguments: &Arguments, report: &mut Report) -> Result<()> {
         command.args(["--jobs", &jobs.to_string()]);
     }
     command.args(&arguments.name);
+    command.env("KUBEBUILDER_ASSETS", kubernetes::programs()?);
     let mut counted = None;
     let fine = run::watch(&mut command, |line| counted = scenario_summary(line).or(counted))?;
     report.add(counted.unwrap_or_default());

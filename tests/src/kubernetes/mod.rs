@@ -2,7 +2,7 @@
 //! nodes with containerd, kubelet and kube-proxy, each in namespaces of its own. Lives in the bed, and ends with it.
 //!
 //! The programs are one binary, built by `cargo xtask` from the Go module in `tests/kubernetes/hyperkube`; images are what
-//! `cargo xtask images` leaves in `target/images`.
+//! it leaves in `target/test-images`.
 
 mod cgroup;
 mod control_plane;
@@ -11,7 +11,7 @@ mod pki;
 
 use std::ffi::OsString;
 use std::io::Write as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
@@ -151,26 +151,24 @@ impl KubeCluster {
     }
 }
 
-/// The directory of the Kubernetes programs: `KUBEBUILDER_ASSETS`, or where `cargo xtask` has built them.
+/// The directory of the Kubernetes programs, which `cargo xtask test` names in `KUBEBUILDER_ASSETS`.
 fn programs() -> Result<PathBuf> {
-    let built = || {
-        let cache = std::env::var_os("WEFT_CACHE").map(PathBuf::from);
-        let cache = cache.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cache/weft")))?;
-        Some(cache.join("kubernetes"))
-    };
-    let given = std::env::var_os("KUBEBUILDER_ASSETS").map(PathBuf::from);
-    let whole =
-        |dir: &Path| ["etcd", "kube-apiserver", "kubelet", "kubectl"].iter().all(|p| dir.join(p).exists());
-    let found = given.into_iter().chain(built()).find(|dir| whole(dir));
-    found.context("the Kubernetes programs are not there: `cargo xtask test kubernetes` builds them first")
+    let dir = std::env::var_os("KUBEBUILDER_ASSETS").map(PathBuf::from);
+    let dir = dir.context(
+        "KUBEBUILDER_ASSETS is not set: run `cargo xtask test kubernetes`, which builds the programs",
+    )?;
+    for program in ["etcd", "kube-apiserver", "kubelet", "kubectl"] {
+        ensure!(dir.join(program).exists(), "KUBEBUILDER_ASSETS has no {program}: {}", dir.display());
+    }
+    Ok(dir)
 }
 
-/// Every image that the nodes get: `target/images`, beside the profile's directory.
+/// Every image that the nodes get: `target/test-images`, beside the profile's directory.
 fn images() -> Result<Vec<PathBuf>> {
     let own = std::env::current_exe().context("own path")?;
-    let dir = own.ancestors().nth(2).context("target directory")?.join("images");
+    let dir = own.ancestors().nth(2).context("target directory")?.join("test-images");
     let mut images: Vec<_> = std::fs::read_dir(&dir)
-        .with_context(|| format!("{}: `cargo xtask images --development` makes them", dir.display()))?
+        .with_context(|| format!("{}: `cargo xtask test kubernetes` makes them", dir.display()))?
         .flatten()
         .map(|entry| entry.path())
         .filter(|path| path.extension().is_some_and(|extension| extension == "tar"))
