@@ -1,6 +1,10 @@
 //! The agent's settings: flags, then environment, then a YAML file, then defaults; read once, validated once.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    path::PathBuf,
+    time::Duration,
+};
 
 use anyhow::{Context, ensure};
 use clap::Args;
@@ -18,8 +22,8 @@ pub struct Settings {
     /// Name of this node, as in the pods' nodeName.
     #[arg(long, env = "WEFT_NODE")]
     pub node: Option<String>,
-    /// Controller's xDS and CA address, HOST:PORT.
-    #[arg(long, env = "WEFT_CONTROL", value_name = "HOST:PORT")]
+    /// Controller's xDS and CA address; the port is 15012 unless given.
+    #[arg(long, env = "WEFT_CONTROL", value_name = "HOST[:PORT]")]
     pub control: Option<String>,
     /// PEM file with the roots the controller's certificate must chain to.
     #[arg(long, env = "WEFT_CONTROL_CA", value_name = "FILE")]
@@ -66,6 +70,17 @@ pub struct Settings {
     pub ebpf_log: Option<bool>,
 }
 
+const CONTROL_PORT: u16 = 15012;
+
+/// `HOST:PORT`, also for a host alone. Kubernetes gives pods the address of a Service so, an IPv6 one without brackets.
+fn with_port(address: String) -> String {
+    match address.parse::<IpAddr>() {
+        Ok(ip) => SocketAddr::new(ip, CONTROL_PORT).to_string(),
+        Err(_) if address.contains(':') => address,
+        Err(_) => format!("{address}:{CONTROL_PORT}"),
+    }
+}
+
 /// Validated settings.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -104,7 +119,7 @@ impl Settings {
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
         let config = Config {
             node: self.node.or(file.node).with_context(|| required("node"))?,
-            control: self.control.or(file.control).with_context(|| required("control"))?,
+            control: with_port(self.control.or(file.control).with_context(|| required("control"))?),
             control_ca: self.control_ca.or(file.control_ca).with_context(|| required("control-ca"))?,
             token_file: self.token_file.or(file.token_file).with_context(|| required("token-file"))?,
             instance: self.instance.or(file.instance).unwrap_or_else(|| "weft".into()),
@@ -151,6 +166,19 @@ mod tests {
             control_ca: Some("ca.pem".into()),
             token_file: Some("token".into()),
             ..Settings::default()
+        }
+    }
+
+    #[test]
+    fn the_controllers_port_may_be_left_out() {
+        for (given, meant) in [
+            ("10.0.0.1", "10.0.0.1:15012"),
+            ("fd00::1", "[fd00::1]:15012"),
+            ("[fd00::1]:1", "[fd00::1]:1"),
+            ("weft-control.weft-system.svc", "weft-control.weft-system.svc:15012"),
+            ("control:443", "control:443"),
+        ] {
+            assert_eq!(with_port(given.to_owned()), meant);
         }
     }
 
