@@ -1,29 +1,15 @@
 //! The program itself, over TLS: xDS, certificates, reports, tokens, restarts.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
-use std::{
-    fs,
-    io::{BufRead, BufReader},
-    process::{Child, Command, Stdio},
-    sync::mpsc as std_mpsc,
-    time::Duration,
-};
+mod support;
 
-use prost::Message;
-use tokio::{sync::mpsc, sync::watch, time::timeout};
+use std::{fs, process::Command, time::Duration};
+
+use tokio::time::timeout;
 use tonic::Code;
-use weft_proto::{
-    ca::{IstioCertificateRequest, istio_certificate_service_client::IstioCertificateServiceClient},
-    node::{EnrollmentReport, LocalWorkload, node_service_client::NodeServiceClient},
-    type_url,
-    workload::{Address, TunnelProtocol, address},
-};
-use weft_xds::{Backoff, ClientConfig, ControlEndpoint, TokenSource, Update};
+use weft_xds::{ControlEndpoint, TokenSource};
 
-const BINARY: &str = env!("CARGO_BIN_EXE_weft-control");
-const LONG: Duration = Duration::from_secs(10);
-const UID: &str = "Kubernetes//Pod/shop/web";
-const WEB: &str = "spiffe://cluster.local/ns/shop/sa/web";
+use self::support::{Agent, BINARY, Control, UID, WEB, certificate, get, report};
 
 fn manifest(label: &str) -> String {
     format!(
@@ -36,22 +22,6 @@ fn manifest(label: &str) -> String {
 /// Directories of one mesh, over restarts of its controller.
 struct Mesh {
     path: tempfile::TempDir,
-}
-
-/// A running controller; killed when dropped.
-struct Control {
-    child: Child,
-    log: std_mpsc::Receiver<String>,
-    agents: String,
-    metrics: String,
-    ready: String,
-}
-
-impl Drop for Control {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }
 
 impl Mesh {
@@ -91,18 +61,7 @@ impl Mesh {
     }
 
     fn start(&self) -> Control {
-        let mut child = self.command().stderr(Stdio::piped()).spawn().unwrap();
-        let stderr = BufReader::new(child.stderr.take().unwrap());
-        let (sender, log) = std_mpsc::channel();
-        std::thread::spawn(move || {
-            stderr.lines().map_while(Result::ok).try_for_each(|line| sender.send(line))
-        });
-        let mut control =
-            Control { child, log, agents: String::new(), metrics: String::new(), ready: String::new() };
-        control.agents = control.address("for agents");
-        control.metrics = control.address("for metrics");
-        control.ready = control.address("for readiness");
-        control
+        Control::start(self.command())
     }
 
     fn token(&self, node: &str, ttl: &str) -> String {
@@ -124,97 +83,6 @@ impl Mesh {
             token: TokenSource::file(path),
         }
     }
-}
-
-impl Control {
-    /// Waits for a line of the log that holds `words`.
-    fn logged(&self, words: &str) -> String {
-        loop {
-            let line = self.log.recv_timeout(LONG).unwrap_or_else(|_| panic!("no line with {words:?}"));
-            if line.contains(words) {
-                return line;
-            }
-        }
-    }
-
-    fn address(&self, what: &str) -> String {
-        let line = self.logged(what);
-        line.split_once("listening on ").unwrap().1.split(' ').next().unwrap().to_owned()
-    }
-}
-
-/// A plain HTTP GET: status line and body in one.
-async fn get(address: &str, path: &str) -> String {
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
-    let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
-    let request = format!("GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n");
-    stream.write_all(request.as_bytes()).await.unwrap();
-    let mut text = String::new();
-    stream.read_to_string(&mut text).await.unwrap();
-    text
-}
-
-/// What an agent sees: the last state of the pod, as updates come in.
-struct Agent {
-    updates: mpsc::Receiver<Update>,
-    tunnel: Option<bool>,
-    enroll: Option<bool>,
-}
-
-impl Agent {
-    fn connect(endpoint: ControlEndpoint, node: &str) -> Self {
-        let (sender, updates) = mpsc::channel(1);
-        let types = vec![type_url::ADDRESS, type_url::MESH_CONFIG, type_url::LOCAL_WORKLOAD];
-        let config =
-            ClientConfig { server: endpoint, node: node.to_owned(), types, backoff: Backoff::default() };
-        tokio::spawn(weft_xds::run(config, sender, watch::channel(false).0));
-        Self { updates, tunnel: None, enroll: None }
-    }
-
-    async fn until(&mut self, tunnel: bool, enroll: bool) {
-        while (self.tunnel, self.enroll) != (Some(tunnel), Some(enroll)) {
-            let update = timeout(LONG, self.updates.recv())
-                .await
-                .unwrap_or_else(|_| panic!("stays at tunnel {:?}, enroll {:?}", self.tunnel, self.enroll));
-            let update = update.unwrap();
-            for resource in update.upserts.iter().filter(|resource| resource.name == UID) {
-                let value = resource.value.clone();
-                match update.type_url {
-                    type_url::ADDRESS => match Address::decode(value).unwrap().r#type {
-                        Some(address::Type::Workload(w)) => {
-                            self.tunnel = Some(w.tunnel_protocol() == TunnelProtocol::Hbone);
-                        }
-                        other => panic!("{other:?}"),
-                    },
-                    _ => self.enroll = Some(LocalWorkload::decode(value).unwrap().enroll),
-                }
-            }
-            update.ack();
-        }
-    }
-}
-
-async fn report(endpoint: &ControlEndpoint, uids: &[&str]) -> Result<(), Code> {
-    let mut client = NodeServiceClient::new(weft_xds::channel(endpoint).unwrap());
-    let enrolled_uids = uids.iter().map(|uid| (*uid).to_owned()).collect();
-    let request = EnrollmentReport { enrolled_uids, failures: Vec::new() };
-    client.report_enrollment(request).await.map(drop).map_err(|status| status.code())
-}
-
-async fn certificate(endpoint: &ControlEndpoint, identity: &str) -> Result<Vec<String>, Code> {
-    let key = rcgen::KeyPair::generate().unwrap();
-    let mut params = rcgen::CertificateParams::default();
-    params.subject_alt_names = vec![rcgen::SanType::URI(identity.try_into().unwrap())];
-    let csr = params.serialize_request(&key).unwrap().pem().unwrap();
-    let value = prost_types::Value { kind: Some(prost_types::value::Kind::StringValue(identity.to_owned())) };
-    let metadata = prost_types::Struct { fields: [("ImpersonatedIdentity".to_owned(), value)].into() };
-    let request = IstioCertificateRequest { csr, validity_duration: 3600, metadata: Some(metadata) };
-    let mut client = IstioCertificateServiceClient::new(weft_xds::channel(endpoint).unwrap());
-    client
-        .create_certificate(request)
-        .await
-        .map(|r| r.into_inner().cert_chain)
-        .map_err(|status| status.code())
 }
 
 #[tokio::test]

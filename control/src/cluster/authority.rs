@@ -105,6 +105,3 @@ fn metadata(name: &str) -> ObjectMeta {
     let label = ("app.kubernetes.io/part-of".to_owned(), "weft".to_owned());
     ObjectMeta { name: Some(name.to_owned()), labels: Some([label].into()), ..ObjectMeta::default() }
 }
-
-#[cfg(test)]
-mod tests;

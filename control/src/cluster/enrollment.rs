@@ -165,6 +165,3 @@ pub fn read(node: &str, map: &ConfigMap) -> Result<Record, ClusterError> {
     let version = map.metadata.resource_version.clone().unwrap_or_default();
     Ok(Record { version, places: places.collect() })
 }
-
-#[cfg(test)]
-mod tests;

@@ -105,6 +105,3 @@ pub fn words(error: &kube::Error) -> String {
         }
     }
 }
-
-#[cfg(test)]
-pub mod fake;

@@ -6,6 +6,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
+    time::{Duration, Instant},
 };
 
 use serde::{Deserialize, Serialize};
@@ -20,6 +21,8 @@ use crate::{
 
 const FILE: &str = "enrollment.json";
 const VERSION: u32 = 1;
+/// How far another replica's view of the cluster may be ahead of ours.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// What a pod must keep to stay the pod that was enrolled. Another node, address or object UID is another pod of the
 /// same name.
@@ -61,14 +64,18 @@ pub struct Enrollment {
     storage: Storage,
     /// In force.
     enrolled: Places,
-    /// As written down. Behind `enrolled` only in removals.
+    /// As written down. Differs from `enrolled` and `pending` only in removals.
     written: Places,
+    /// In a cluster, what another replica wrote down of pods that are not known here as it knows them, and since when:
+    /// its watches may be ahead of ours.
+    pending: BTreeMap<String, (Place, Instant)>,
 }
 
 impl Enrollment {
     /// In a cluster. What earlier controllers left comes with [`Enrollment::heard`].
     pub fn in_cluster(records: Records) -> Self {
-        Self { storage: Storage::Cluster(records), enrolled: Places::new(), written: Places::new() }
+        let (enrolled, written) = (Places::new(), Places::new());
+        Self { storage: Storage::Cluster(records), enrolled, written, pending: BTreeMap::new() }
     }
 
     /// What an earlier run left. A file that cannot be understood is an error: to start without it would announce
@@ -89,7 +96,8 @@ impl Enrollment {
                 persisted.enrolled
             }
         };
-        Ok(Self { storage: Storage::Directory(state), written: enrolled.clone(), enrolled })
+        let written = enrolled.clone();
+        Ok(Self { storage: Storage::Directory(state), enrolled, written, pending: BTreeMap::new() })
     }
 
     pub fn enrolled(&self) -> &Places {
@@ -101,35 +109,47 @@ impl Enrollment {
     pub fn retain(&mut self, desired: &Places) {
         let before = self.enrolled.len();
         self.enrolled.retain(|uid, place| desired.get(uid) == Some(place));
+        self.promote(desired);
         if self.enrolled.len() != before && matches!(self.storage, Storage::Directory(_)) {
             self.tidy();
         }
     }
 
+    /// Pods that another replica knew first count as soon as they are known here.
+    fn promote(&mut self, desired: &Places) {
+        let known = self.pending.extract_if(.., |uid, (place, _)| desired.get(uid) == Some(place));
+        self.enrolled.extend(known.map(|(uid, (place, _))| (uid, place)));
+    }
+
     /// Writes down who was forgotten. In a cluster that is left for when there is nothing else to do, since pods that
     /// end are many and an old entry of one counts for nothing. Returns whether another replica was found to have
-    /// written more.
+    /// written more; [`Enrollment::retain`] then says what counts.
     pub fn tidy(&mut self) -> bool {
+        self.pending.retain(|_, (_, since)| since.elapsed() < PATIENCE);
+        let wanted = self.wanted(&self.enrolled);
+        if self.written == wanted {
+            return false;
+        }
         let differs = |one: &Places, other: &Places| -> BTreeSet<String> {
             let places = one.iter().filter(|(uid, place)| other.get(*uid) != Some(place));
             places.map(|(_, place)| place.node.clone()).collect()
         };
-        if self.written == self.enrolled {
-            return false;
-        }
-        let mut nodes = differs(&self.written, &self.enrolled);
-        nodes.append(&mut differs(&self.enrolled, &self.written));
-        let before = self.enrolled.len();
+        let mut nodes = differs(&self.written, &wanted);
+        nodes.append(&mut differs(&wanted, &self.written));
+        let before = self.pending.len();
         for node in nodes {
-            match self.write(&node, self.enrolled.clone()) {
-                Ok(added) => self.enrolled.extend(added),
-                Err(error) => {
-                    tracing::error!(target: "enrollment", "cannot write down who left the mesh: {error}");
-                    break;
-                }
+            if let Err(error) = self.write(&node, self.enrolled.clone()) {
+                tracing::error!(target: "enrollment", "cannot write down who left the mesh: {error}");
+                break;
             }
         }
-        self.enrolled.len() != before
+        self.pending.len() != before
+    }
+
+    /// What is to be written down: what is in force, and what another replica may know better.
+    fn wanted(&self, enrolled: &Places) -> Places {
+        let pending = self.pending.iter().map(|(uid, (place, _))| (uid.clone(), place.clone()));
+        pending.chain(enrolled.clone()).collect()
     }
 
     /// Takes in what `node` reports as enrolled. Only pods that `desired` places on that node count; a pod left out
@@ -149,9 +169,9 @@ impl Enrollment {
         if enrolled == self.enrolled {
             return Ok(false);
         }
-        let added = self.write(node, enrolled.clone())?;
+        self.write(node, enrolled.clone())?;
         self.enrolled = enrolled;
-        self.enrolled.extend(added.into_iter().filter(|(uid, place)| desired.get(uid) == Some(place)));
+        self.promote(desired);
         Ok(true)
     }
 
@@ -164,40 +184,51 @@ impl Enrollment {
             return false;
         }
         self.written.retain(|_, place| place.node != heard.node);
+        let before = std::mem::take(&mut self.pending);
+        self.pending =
+            before.clone().into_iter().filter(|(_, (place, _))| place.node != heard.node).collect();
         let mut changed = false;
         for (uid, place) in heard.record.iter().flat_map(|record| &record.places) {
             self.written.insert(uid.clone(), place.clone());
-            let counts = desired.is_none_or(|desired| desired.get(uid) == Some(place));
-            if counts && self.enrolled.get(uid) != Some(place) {
+            if self.enrolled.get(uid) == Some(place) {
+                continue;
+            }
+            if desired.is_none_or(|desired| desired.get(uid) == Some(place)) {
                 self.enrolled.insert(uid.clone(), place.clone());
                 changed = true;
+            } else {
+                let since = before.get(uid).filter(|(known, _)| known == place).map(|(_, since)| *since);
+                self.pending.insert(uid.clone(), (place.clone(), since.unwrap_or_else(Instant::now)));
             }
         }
         changed
     }
 
-    /// Writes `enrolled` down: in a directory all of it, in a cluster what concerns `node`. Returns what another replica
-    /// had added there.
-    fn write(&mut self, node: &str, enrolled: Places) -> Result<Places, EnrollmentError> {
+    /// Writes `enrolled` down: in a directory all of it, in a cluster what concerns `node`. What another replica turns
+    /// out to have added there is then pending.
+    fn write(&mut self, node: &str, enrolled: Places) -> Result<(), EnrollmentError> {
+        let wanted = self.wanted(&enrolled);
         match &mut self.storage {
             Storage::Directory(state) => {
-                let persisted = Persisted { version: VERSION, enrolled };
+                let persisted = Persisted { version: VERSION, enrolled: wanted };
                 let text = serde_json::to_vec_pretty(&persisted)
                     .map_err(|e| StateError::Invalid { path: state.path(FILE), why: e.to_string() })?;
                 state.write(FILE, &text, Access::Private)?;
                 self.written = persisted.enrolled;
-                Ok(Places::new())
             }
             Storage::Cluster(records) => {
-                let of_node: Places = enrolled.into_iter().filter(|(_, place)| place.node == node).collect();
-                let written = records.write(node, of_node.clone())?;
-                let added = written.iter().filter(|(uid, _)| !of_node.contains_key(*uid));
-                let added = added.map(|(uid, place)| (uid.clone(), place.clone())).collect();
+                let wanted: Places = wanted.into_iter().filter(|(_, place)| place.node == node).collect();
+                let written = records.write(node, wanted.clone())?;
                 self.written.retain(|_, place| place.node != node);
-                self.written.extend(written);
-                Ok(added)
+                for (uid, place) in written {
+                    if !wanted.contains_key(&uid) {
+                        self.pending.insert(uid.clone(), (place.clone(), Instant::now()));
+                    }
+                    self.written.insert(uid, place);
+                }
             }
         }
+        Ok(())
     }
 }
 

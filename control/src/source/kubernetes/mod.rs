@@ -216,6 +216,3 @@ impl Source {
         true
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -1,0 +1,298 @@
+//! The program against an API server (one in memory): what is served when, who may have what, what survives.
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+mod support;
+
+use std::{fs, process::Command, time::Duration};
+
+use serde_json::{Value, json};
+use tokio::time::{Instant, sleep};
+use tonic::Code;
+use weft_xds::{ControlEndpoint, TokenSource};
+
+use self::support::{Agent, BINARY, Control, LONG, UID, WEB, api::Api, certificate, get, report};
+
+/// A cluster with a node and a labelled namespace.
+struct Cluster {
+    api: Api,
+    path: tempfile::TempDir,
+}
+
+const AGENT: &str = "agent.token.n1";
+const OTHER_AGENT: &str = "agent.token.n2";
+const POD: &str = "pod.token.web";
+
+fn reviewed(namespace: &str, account: &str, node: &str) -> Value {
+    json!({"authenticated": true, "audiences": ["weft"], "user": {
+        "username": format!("system:serviceaccount:{namespace}:{account}"),
+        "extra": {"authentication.kubernetes.io/node-name": [node], "authentication.kubernetes.io/pod-uid": ["1"]}
+    }})
+}
+
+impl Cluster {
+    fn new() -> Self {
+        let api = Api::start();
+        api.put("nodes", json!({"metadata": {"name": "n1"}, "spec": {"podCIDRs": ["10.1.0.0/24"]}}));
+        api.put(
+            "servicecidrs",
+            json!({"metadata": {"name": "kubernetes"}, "spec": {"cidrs": ["10.96.0.0/16"]}}),
+        );
+        for (token, node) in [(AGENT, "n1"), (OTHER_AGENT, "n2")] {
+            api.token(token, reviewed("weft-system", "weft-agent", node));
+        }
+        api.token(POD, reviewed("shop", "web", "n1"));
+        let cluster = Self { api, path: tempfile::tempdir().unwrap() };
+        cluster.label("enabled");
+        let server = format!("http://{}", cluster.api.address);
+        let kubeconfig = json!({"apiVersion": "v1", "kind": "Config", "current-context": "a",
+            "clusters": [{"name": "a", "cluster": {"server": server}}],
+            "users": [{"name": "a", "user": {"token": "t"}}],
+            "contexts": [{"name": "a", "context": {"cluster": "a", "user": "a", "namespace": "weft-system"}}]});
+        fs::write(cluster.kubeconfig(), kubeconfig.to_string()).unwrap();
+        cluster
+    }
+
+    fn kubeconfig(&self) -> std::path::PathBuf {
+        self.path.path().join("kubeconfig")
+    }
+
+    fn label(&self, value: &str) {
+        self.api.put("namespaces", json!({"metadata": {"name": "shop", "labels": {"weft.dev/mesh": value}}}));
+    }
+
+    fn pod(&self, name: &str, ip: &str) {
+        let pod = json!({
+            "metadata": {"name": name, "namespace": "shop", "uid": format!("uid-{name}"), "managedFields": [{}]},
+            "spec": {"nodeName": "n1", "serviceAccountName": name, "containers": [{"name": "a"}]},
+            "status": {"podIP": ip}
+        });
+        self.api.put("pods", pod);
+    }
+
+    fn start(&self) -> Control {
+        let mut command = Command::new(BINARY);
+        command.arg("--kubernetes").env("KUBECONFIG", self.kubeconfig()).env("RUST_BACKTRACE", "1");
+        for flag in ["--listen", "--metrics-listen", "--ready-listen"] {
+            command.args([flag, "127.0.0.1:0"]);
+        }
+        Control::start(command)
+    }
+
+    fn endpoint(&self, control: &Control, token: &str) -> ControlEndpoint {
+        let path = self.path.path().join(token);
+        fs::write(&path, token).unwrap();
+        let root = self.api.get("configmaps", "weft-system", "weft-root").unwrap();
+        ControlEndpoint {
+            address: control.agents.clone(),
+            ca_pem: root["data"]["root.pem"].as_str().unwrap().as_bytes().to_owned(),
+            server_name: "weft-control".to_owned(),
+            token: TokenSource::file(path),
+        }
+    }
+
+    /// What is written down of node n1.
+    fn enrolled(&self) -> String {
+        match self.api.get("configmaps", "weft-system", "weft-enrollment-n1") {
+            Some(map) => map["data"]["enrolled"].as_str().unwrap().to_owned(),
+            None => "nothing".to_owned(),
+        }
+    }
+}
+
+async fn eventually(what: &str, holds: impl AsyncFn() -> bool) {
+    let deadline = Instant::now() + LONG;
+    while !holds().await {
+        assert!(Instant::now() < deadline, "not in time: {what}");
+        sleep(Duration::from_millis(20)).await;
+    }
+}
+
+async fn ready(control: &Control) {
+    eventually("ready", async || get(&control.ready, "/readyz").await.starts_with("HTTP/1.1 200")).await;
+}
+
+async fn is_ready(control: &Control) -> bool {
+    get(&control.ready, "/readyz").await.starts_with("HTTP/1.1 200")
+}
+
+async fn counts(control: &Control, line: &str) {
+    eventually(line, async || get(&control.metrics, "/metrics").await.contains(line)).await;
+}
+
+#[tokio::test]
+async fn nothing_is_served_before_everything_is_listed() {
+    let cluster = Cluster::new();
+    cluster.api.forbid("pods", true);
+    cluster.api.lack("servicecidrs");
+    let control = cluster.start();
+    let line = control.logged("cannot watch pods");
+    assert!(line.contains("403") && line.contains("RBAC"), "{line}");
+    assert!(!is_ready(&control).await);
+    cluster.api.forbid("pods", false);
+    // A cluster that does not say where its Services are is not served on a guess.
+    control.logged("service networks (--service-networks");
+    assert!(!is_ready(&control).await);
+}
+
+#[tokio::test]
+async fn what_was_deleted_while_nobody_watched_is_gone() {
+    let cluster = Cluster::new();
+    cluster.pod("web", "10.1.0.2");
+    cluster.pod("db", "10.1.0.3");
+    let control = cluster.start();
+    ready(&control).await;
+    counts(&control, "weft_control_objects{kind=\"Pod\"} 2").await;
+    cluster.pod("more", "10.1.0.4");
+    counts(&control, "weft_control_objects{kind=\"Pod\"} 3").await;
+    cluster.api.lose(|api| {
+        api.delete("pods", "shop", "db");
+        api.delete("pods", "shop", "more");
+        api.put("nodes", json!({"metadata": {"name": "n2"}, "spec": {"podCIDRs": ["10.1.1.0/24"]}}));
+    });
+    counts(&control, "weft_control_objects{kind=\"Pod\"} 1").await;
+    counts(&control, "weft_control_objects{kind=\"Node\"} 2").await;
+    // An object that cannot be read stays what it was.
+    cluster.pod("web", "not an address");
+    counts(&control, "weft_control_source_complaints 1").await;
+    counts(&control, "weft_control_objects{kind=\"Pod\"} 1").await;
+    cluster.api.delete("pods", "shop", "web");
+    counts(&control, "weft_control_objects{kind=\"Pod\"} 0").await;
+}
+
+#[tokio::test]
+async fn a_pod_enters_the_mesh_and_stays_over_a_restart() {
+    let cluster = Cluster::new();
+    cluster.pod("web", "");
+    let control = cluster.start();
+    ready(&control).await;
+    let endpoint = cluster.endpoint(&control, AGENT);
+    let mut agent = Agent::connect(endpoint.clone(), "n1");
+    // Before it has an address: the runtime asks about it then.
+    agent.until_known(None, Some(true)).await;
+    assert_eq!(agent.pod_uid, "uid-web");
+    assert_eq!(report(&endpoint, &[UID]).await, Err(Code::Unavailable), "nobody would report it again");
+    cluster.pod("web", "10.1.0.2");
+    agent.until(false, true).await;
+    assert_eq!(cluster.enrolled(), "nothing");
+    report(&endpoint, &[UID]).await.unwrap();
+    agent.until(true, true).await;
+    assert_eq!(
+        serde_json::from_str::<Value>(&cluster.enrolled()).unwrap(),
+        json!([{"uid": UID, "pod_uid": "uid-web", "addresses": ["10.1.0.2"]}])
+    );
+    let root = endpoint.ca_pem.clone();
+    drop(control);
+
+    let control = cluster.start();
+    ready(&control).await;
+    let endpoint = cluster.endpoint(&control, AGENT);
+    assert_eq!(endpoint.ca_pem, root, "the root of trust changed");
+    let mut agent = Agent::connect(endpoint, "n1");
+    agent.until(true, true).await;
+    cluster.label("disabled");
+    agent.until(false, false).await;
+    eventually("its end is written down", async || cluster.enrolled() == "[]").await;
+}
+
+#[tokio::test]
+async fn replicas_share_what_agents_report() {
+    let cluster = Cluster::new();
+    cluster.pod("web", "10.1.0.2");
+    cluster.pod("db", "10.1.0.3");
+    let (one, other) = (cluster.start(), cluster.start());
+    ready(&one).await;
+    ready(&other).await;
+    let endpoint = cluster.endpoint(&one, AGENT);
+    let mut agent = Agent::connect(cluster.endpoint(&other, OTHER_AGENT), "n2");
+    agent.until_known(Some(false), None).await;
+    report(&endpoint, &[UID]).await.unwrap();
+    agent.until_known(Some(true), None).await;
+    // Both write about the same node, one of them without having heard of the last change.
+    cluster.api.lose(|_| {});
+    report(&cluster.endpoint(&other, AGENT), &["Kubernetes//Pod/shop/db"]).await.unwrap();
+    cluster.pod("late", "10.1.0.4");
+    counts(&one, "weft_control_objects{kind=\"Pod\"} 3").await;
+    report(&endpoint, &["Kubernetes//Pod/shop/late"]).await.unwrap();
+    let enrolled = cluster.enrolled();
+    assert!(
+        ["web", "db", "late"].iter().all(|name| enrolled.contains(&format!("shop/{name}"))),
+        "{enrolled}"
+    );
+    for control in [&one, &other] {
+        counts(control, "weft_control_pods_enrolled 3").await;
+    }
+}
+
+#[tokio::test]
+async fn a_damaged_record_of_the_enrolled_stops_the_start() {
+    let cluster = Cluster::new();
+    let labels = json!({"weft.dev/enrollment": "true"});
+    let damaged = json!({"metadata": {"name": "weft-enrollment-n1", "namespace": "weft-system", "labels": labels},
+        "data": {"enrolled": "[{]"}});
+    cluster.api.put("configmaps", damaged);
+    let control = cluster.start();
+    let line = control.logged("weft-enrollment-n1 is not usable");
+    assert!(line.contains("delete it"), "{line}");
+    assert!(!is_ready(&control).await);
+    cluster.api.delete("configmaps", "weft-system", "weft-enrollment-n1");
+    ready(&control).await;
+}
+
+#[tokio::test]
+async fn only_agents_speak_for_others() {
+    let cluster = Cluster::new();
+    cluster.pod("web", "10.1.0.2");
+    cluster.pod("db", "10.1.0.3");
+    let control = cluster.start();
+    ready(&control).await;
+    let agent = cluster.endpoint(&control, AGENT);
+    for _ in 0..5 {
+        certificate(&agent, WEB).await.unwrap();
+    }
+    assert_eq!(cluster.api.reviews(), 1, "one answer serves a burst of requests");
+    let other_node = cluster.endpoint(&control, OTHER_AGENT);
+    assert_eq!(certificate(&other_node, WEB).await, Err(Code::PermissionDenied));
+
+    // An ordinary pod: its own identity, and nothing else.
+    let pod = cluster.endpoint(&control, POD);
+    certificate(&pod, WEB).await.unwrap();
+    for identity in ["ns/shop/sa/db", "ns/weft-system/sa/weft-agent", "ns/default/sa/web"] {
+        let identity = format!("spiffe://cluster.local/{identity}");
+        assert_eq!(certificate(&pod, &identity).await, Err(Code::PermissionDenied), "{identity}");
+    }
+    assert_eq!(report(&pod, &[UID]).await, Err(Code::PermissionDenied));
+    let mut stream = Agent::connect(pod, "n1");
+    let update = tokio::time::timeout(Duration::from_millis(500), stream.updates.recv()).await;
+    assert!(update.is_err(), "an ordinary pod was sent the state of the mesh");
+
+    for invented in ["invented.token.x", "notoken", "weft.v1.bjE.99999999999.AAAA"] {
+        let endpoint = cluster.endpoint(&control, invented);
+        assert_eq!(certificate(&endpoint, WEB).await, Err(Code::Unauthenticated), "{invented}");
+        assert_eq!(report(&endpoint, &[UID]).await, Err(Code::Unauthenticated), "{invented}");
+    }
+    // Not being able to ask is not a no.
+    cluster.api.forbid("tokenreviews", true);
+    cluster.api.token("agent.token.later", reviewed("weft-system", "weft-agent", "n1"));
+    let later = cluster.endpoint(&control, "agent.token.later");
+    assert_eq!(certificate(&later, WEB).await, Err(Code::Unavailable));
+    cluster.api.forbid("tokenreviews", false);
+    certificate(&later, WEB).await.unwrap();
+}
+
+#[tokio::test]
+async fn the_root_is_made_once_and_a_damaged_one_is_not_replaced() {
+    let cluster = Cluster::new();
+    let controls = [cluster.start(), cluster.start(), cluster.start()];
+    let endpoint = cluster.endpoint(&controls[0], POD);
+    for control in &controls {
+        let address = control.agents.clone();
+        certificate(&ControlEndpoint { address, ..endpoint.clone() }, WEB).await.unwrap();
+    }
+    drop(controls);
+    let secret =
+        json!({"metadata": {"name": "weft-ca", "namespace": "weft-system"}, "data": {"root.pem": "AA=="}});
+    cluster.api.put("secrets", secret);
+    let output = Command::new(BINARY).arg("--kubernetes").env("KUBECONFIG", cluster.kubeconfig()).output();
+    let error = String::from_utf8(output.unwrap().stderr).unwrap();
+    assert!(error.contains("Secret weft-system/weft-ca is not usable: has no root.key"), "{error}");
+}
