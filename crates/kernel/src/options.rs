@@ -46,16 +46,20 @@ impl Options {
         if let Some(root) = &self.cgroup_root {
             return Ok(root.clone());
         }
-        // A container may have a cgroup namespace of its own, whose root is the container's cgroup: then what process 1
-        // has mounted counts, which is the node's where the container is in the node's PID namespace.
+        let root_of = |process: &str| {
+            let path = format!("{process}/mountinfo");
+            let mounts =
+                std::fs::read_to_string(&path).map_err(Error::io(format!("{path} could not be read")))?;
+            Ok::<_, Error>(cgroup2_root(&mounts))
+        };
+        // A container may have a cgroup namespace of its own, whose root is the container's cgroup.
         let nested = std::fs::read_to_string("/proc/1/cgroup").is_ok_and(|cgroups| is_above(&cgroups));
-        let process = if nested { "/proc/1" } else { "/proc/self" };
-        let path = format!("{process}/mountinfo");
-        let mounts =
-            std::fs::read_to_string(&path).map_err(Error::io(format!("{path} could not be read")))?;
-        let root = cgroup2_root(&mounts).ok_or(Error::NoCgroup)?;
-        let seen_from = if nested { "/proc/1/root" } else { "/" };
-        Ok(Path::new(seen_from).join(root.strip_prefix("/").unwrap_or(&root)))
+        if !nested && let Some(root) = root_of("/proc/self")? {
+            return Ok(root);
+        }
+        // Then what process 1 has mounted counts, which is the node's where the container is in its PID namespace.
+        let root = root_of("/proc/1")?.ok_or(Error::NoCgroup)?;
+        Ok(Path::new("/proc/1/root").join(root.strip_prefix("/").unwrap_or(&root)))
     }
 }
 
