@@ -1,20 +1,34 @@
 //! Stories of a real Kubernetes cluster: two nodes with containerd and kubelets, on this machine.
 
+use std::net::IpAddr;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use weft_testbed::Moment;
+use weft_testbed::binaries::binary;
 use weft_testbed::cluster::Builder;
+use weft_testbed::http::get;
 use weft_testbed::kubernetes::KubeCluster;
+use weft_testbed::metrics::Metrics;
 use weft_testbed::poll::until;
 
 use crate::runner::Scenario;
+use crate::shop::marker;
 
-pub const SCENARIOS: &[Scenario] = &[Scenario::new(
-    "kubernetes_cluster",
-    "two real nodes: pods run, and reach each other and a Service",
-    cluster,
-)
-.within(300)];
+pub const SCENARIOS: &[Scenario] = &[
+    Scenario::new(
+        "kubernetes_cluster",
+        "two real nodes: pods run, and reach each other and a Service",
+        cluster,
+    )
+    .within(300),
+    Scenario::new(
+        "kubernetes_label",
+        "installed by one command, a labelled namespace of running pods is encrypted",
+        label,
+    )
+    .within(400),
+];
 
 const NODES: [&str; 2] = ["east", "west"];
 const POD_READY: Duration = Duration::from_secs(90);
@@ -69,6 +83,96 @@ fn cluster(cluster: Builder) -> Result<()> {
         fetch(&kube, &to, "hello-from-web")?;
     }
     Ok(())
+}
+
+fn label(cluster: Builder) -> Result<()> {
+    let kube = KubeCluster::start(cluster.name(), &NODES)?;
+    let page = marker("kubernetes");
+    open_shop(&kube, &page)?;
+    let address = |pod: &str| -> Result<IpAddr> {
+        Ok(kube.field("shop", &format!("pod/{pod}"), ".status.podIP")?.parse()?)
+    };
+    let pods = [address("web")?, address("client")?];
+    let service = kube.field("shop", "service/web", ".spec.clusterIP")?;
+    let urls = [format!("http://{}:8080/", pods[0]), format!("http://{service}/")];
+
+    install(&kube)?;
+    let capture = kube.capture()?;
+    for url in &urls {
+        fetch(&kube, url, &page).context("before the label")?;
+    }
+    let label = Moment::after_plain_traffic();
+    kube.kubectl(["label", "namespace", "shop", "weft.dev/mesh=enabled"])?;
+    wait_enrolled(&kube, &["web", "client"])?;
+    for url in &urls {
+        fetch(&kube, url, &page).context("enrolled")?;
+    }
+    // Both pages went through the tunnel, and nothing but it. The kubelet's probes do not cross this wire.
+    capture.stop()?.encrypted_since(label, &pods, page.as_bytes(), 2 * page.len() as u64)?;
+
+    let identity = "spiffe://cluster.local/ns/shop/sa/default";
+    for (node, reporter) in [("east", "source"), ("west", "destination")] {
+        let labels = [
+            ("reporter", reporter),
+            ("security", "mutual_tls"),
+            ("source_principal", identity),
+            ("destination_principal", identity),
+        ];
+        let opened = metrics(&kube, node)?.sum("weft_tcp_connections_opened_total", &labels);
+        ensure!(opened == 2.0, "the agent of {node} counts {opened} of two connections as {reporter}");
+    }
+    // The kubelet's probes go on, and nothing was restarted.
+    for pod in ["web", "client"] {
+        let restarts =
+            kube.field("shop", &format!("pod/{pod}"), ".status.containerStatuses[0].restartCount")?;
+        ensure!(restarts == "0", "{pod} was restarted {restarts} times");
+    }
+    kube.wait_ready("shop", &["web", "client"], POD_READY)
+}
+
+/// As the documentation says it.
+fn install(kube: &KubeCluster) -> Result<()> {
+    let output =
+        std::process::Command::new(binary("weft")?).arg("install").output().context("weft install")?;
+    ensure!(output.status.success(), "weft install: {}", String::from_utf8_lossy(&output.stderr));
+    kube.apply(&String::from_utf8(output.stdout)?)?;
+    for object in ["deployment/weft-control", "daemonset/weft-agent"] {
+        let rollout = kube.kubectl(["rollout", "status", "-n", "weft-system", object, "--timeout=60s"]);
+        if let Err(error) = rollout {
+            let pods = kube.kubectl(["describe", "-n", "weft-system", "pods"]).unwrap_or_default();
+            return Err(error.context(format!("{object}\n{pods}")));
+        }
+    }
+    Ok(())
+}
+
+/// Waits until the agents of both nodes know these pods of `shop` as reachable by tunnel.
+fn wait_enrolled(kube: &KubeCluster, pods: &[&str]) -> Result<()> {
+    for node in kube.nodes() {
+        let name = node.place().name();
+        until(Duration::from_secs(30), &format!("{name} knows {pods:?} as enrolled"), || {
+            let socket = ["--silent", "--show-error", "--unix-socket", "/run/weft/agent.sock"];
+            let dump = node.run("curl", &[&socket[..], &["http://agent/config_dump"]].concat())?;
+            let dump: serde_json::Value = serde_json::from_str(&dump).context("the config dump")?;
+            let workloads = dump["workloads"].as_array().cloned().unwrap_or_default();
+            for pod in pods {
+                let uid = format!("Kubernetes//Pod/shop/{pod}");
+                let tunnel = workloads.iter().find(|w| w["uid"] == uid.as_str()).map(|w| &w["tunnel"]);
+                ensure!(
+                    tunnel.and_then(|t| t.as_str()).is_some_and(|t| t.eq_ignore_ascii_case("hbone")),
+                    "{pod} is {tunnel:?}"
+                );
+            }
+            Ok(true)
+        })?;
+    }
+    Ok(())
+}
+
+/// A scrape of a node's agent, over the network.
+fn metrics(kube: &KubeCluster, node: &str) -> Result<Metrics> {
+    let place = kube.node(node)?.place();
+    Metrics::parse(&get(&place.connect(place.at(15020))?, "/metrics")?.body)
 }
 
 /// Creates the namespace and waits for its pods.
