@@ -56,7 +56,7 @@ pub enum EnrollmentError {
 #[derive(Debug)]
 enum Storage {
     Directory(StateDir),
-    Cluster(Records),
+    Cluster(Box<Records>),
 }
 
 #[derive(Debug)]
@@ -75,7 +75,7 @@ impl Enrollment {
     /// In a cluster. What earlier controllers left comes with [`Enrollment::heard`].
     pub fn in_cluster(records: Records) -> Self {
         let (enrolled, written) = (Places::new(), Places::new());
-        Self { storage: Storage::Cluster(records), enrolled, written, pending: BTreeMap::new() }
+        Self { storage: Storage::Cluster(Box::new(records)), enrolled, written, pending: BTreeMap::new() }
     }
 
     /// What an earlier run left. A file that cannot be understood is an error: to start without it would announce

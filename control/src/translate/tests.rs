@@ -342,3 +342,39 @@ fn the_order_of_objects_does_not_matter() {
     reversed.apply(Delta { upserts, deletes: Vec::new() });
     assert_eq!(translate(&reversed, &Places::new(), &settings()), translated(&text));
 }
+
+#[test]
+fn in_a_cluster_a_node_hears_of_pods_before_their_address() {
+    let text = format!(
+        "{SHOP}{}{}{}",
+        pod("early", "", ""),
+        pod("host", "192.0.2.1", ", hostNetwork: true"),
+        "apiVersion: v1\nkind: Pod\nmetadata: {name: outside, namespace: legacy, uid: u1}\nspec: {nodeName: n1}\n"
+    );
+    let local = |netns_annotations: bool| {
+        let settings = MeshSettings { netns_annotations, ..settings() };
+        let local = translate(&store(&text), &Places::new(), &settings).local;
+        let of_node = local.get("n1").into_iter().flatten();
+        of_node.map(|(uid, pod)| (uid.clone(), pod.enroll, pod.pod_uid.clone())).collect::<Vec<_>>()
+    };
+    let uid = |name: &str| format!("Kubernetes//Pod/{name}");
+    assert_eq!(
+        local(false),
+        [(uid("legacy/outside"), false, "u1".to_owned()), (uid("shop/early"), true, String::new())]
+    );
+    assert_eq!(local(true), []);
+    let settings = MeshSettings { netns_annotations: false, ..settings() };
+    assert_eq!(waiting(&store(&text), &settings, "n1").into_iter().collect::<Vec<_>>(), [uid("shop/early")]);
+    assert_eq!(waiting(&store(&text), &settings, "n2").len(), 0);
+}
+
+#[test]
+fn a_mesh_that_would_capture_nothing_is_noticed() {
+    let bare = MeshSettings { pod_networks: Vec::new(), service_networks: Vec::new(), ..settings() };
+    let uncaptured = |text: &str| translate(&store(text), &Places::new(), &bare).uncaptured();
+    let node = "apiVersion: v1\nkind: Node\nmetadata: {name: n1}\nspec: {podCIDR: 10.244.0.0/24}\n---\n";
+    let cidr = "apiVersion: networking.k8s.io/v1\nkind: ServiceCIDR\nmetadata: {name: a}\nspec: {cidrs: [10.96.0.0/16]}\n";
+    assert!(uncaptured(cidr).unwrap().starts_with("pod networks"));
+    assert!(uncaptured(node).unwrap().starts_with("service networks"));
+    assert_eq!(uncaptured(&format!("{node}{cidr}")), None);
+}

@@ -1,7 +1,7 @@
 //! One watch: kube's own, which lists, watches, goes on after a break and lists again when it must. Here its events are
 //! made ours: objects are read at once, so that what Weft does not use of them is not kept.
 
-use std::fmt::Debug;
+use std::{fmt::Debug, time::Duration};
 
 use futures_util::{Stream, StreamExt};
 use k8s_openapi::api::core::v1::ConfigMap;
@@ -10,7 +10,8 @@ use kube::{
     api::{ApiResource, DynamicObject, GroupVersionKind},
     runtime::{
         WatchStreamExt,
-        watcher::{self, watcher},
+        utils::Backoff,
+        watcher::{self, DefaultBackoff, watcher},
     },
 };
 use serde::de::DeserializeOwned;
@@ -29,6 +30,9 @@ use crate::{
 
 /// How the watch of enrolled pods is called to people.
 pub const ENROLLMENT: &str = "configmaps labelled weft.dev/enrollment";
+
+/// The longest pause before a watch is tried again.
+const LAST_RETRY: Duration = Duration::from_secs(5);
 
 /// What a watch says, about things of type `T` that are known by a `K`.
 #[derive(Debug)]
@@ -175,7 +179,26 @@ fn watch_stream<K>(
 where
     K: Resource + Clone + DeserializeOwned + Debug + Send + 'static,
 {
-    watcher(api, config.timeout(WATCH_SECONDS)).default_backoff()
+    watcher(api, config.timeout(WATCH_SECONDS)).backoff(Impatient::default())
+}
+
+/// kube's own backoff up to a few seconds. It would grow to a minute, which after a restart of the API server would be a
+/// minute in which pods cannot start.
+#[derive(Default)]
+struct Impatient(DefaultBackoff);
+
+impl Iterator for Impatient {
+    type Item = Duration;
+
+    fn next(&mut self) -> Option<Duration> {
+        self.0.next().map(|pause| pause.min(LAST_RETRY))
+    }
+}
+
+impl Backoff for Impatient {
+    fn reset(&mut self) {
+        self.0.reset();
+    }
 }
 
 /// Says that a watch is broken, unless all that happened is that it was too old to go on and is listing anew.
