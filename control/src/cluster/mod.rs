@@ -92,7 +92,7 @@ pub fn words(error: &kube::Error) -> String {
         }
         kube::Error::Api(status) => format!("{} ({})", status.message, status.code),
         error => {
-            let mut text = error.to_string();
+            let mut text = error.to_string().trim_start_matches("ServiceError: ").to_owned();
             let mut source = std::error::Error::source(error);
             while let Some(cause) = source {
                 let cause_text = cause.to_string();

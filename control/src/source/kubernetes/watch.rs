@@ -32,7 +32,7 @@ use crate::{
 pub const ENROLLMENT: &str = "configmaps labelled weft.dev/enrollment";
 
 /// The longest pause before a watch is tried again.
-const LAST_RETRY: Duration = Duration::from_secs(5);
+const LAST_RETRY: Duration = Duration::from_secs(2);
 
 /// What a watch says, about things of type `T` that are known by a `K`.
 #[derive(Debug)]
