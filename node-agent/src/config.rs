@@ -71,6 +71,8 @@ pub struct Settings {
 }
 
 const CONTROL_PORT: u16 = 15012;
+/// Where the admin interface is unless a setting says otherwise.
+pub const ADMIN_SOCKET: &str = "/run/weft/agent.sock";
 
 /// `HOST:PORT`, also for a host alone. Kubernetes gives pods the address of a Service so, an IPv6 one without brackets.
 fn with_port(address: String) -> String {
@@ -124,10 +126,7 @@ impl Settings {
             token_file: self.token_file.or(file.token_file).with_context(|| required("token-file"))?,
             instance: self.instance.or(file.instance).unwrap_or_else(|| "weft".into()),
             bpffs: self.bpffs.or(file.bpffs).unwrap_or_else(|| "/sys/fs/bpf".into()),
-            admin_socket: self
-                .admin_socket
-                .or(file.admin_socket)
-                .unwrap_or_else(|| "/run/weft/agent.sock".into()),
+            admin_socket: self.admin_socket.or(file.admin_socket).unwrap_or_else(|| ADMIN_SOCKET.into()),
             metrics_listen: self
                 .metrics_listen
                 .or(file.metrics_listen)

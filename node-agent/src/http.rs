@@ -104,11 +104,12 @@ impl Views {
                     Err(error) => text(StatusCode::BAD_REQUEST, format!("{error:#}\n")),
                 }
             }
+            (&Method::GET, "/readyz") => self.ready(request),
             (&Method::POST, "/drain") => {
                 self.drain.send_replace(true);
                 text(StatusCode::OK, "draining\n")
             }
-            _ => not_found("GET /config_dump, GET or PUT /logging?level=FILTER, POST /drain"),
+            _ => not_found("GET /config_dump, GET /readyz, GET or PUT /logging?level=FILTER, POST /drain"),
         }
     }
 

@@ -15,6 +15,7 @@ mod logging;
 mod metrics;
 mod outbound;
 mod pod;
+mod ready;
 mod state;
 mod worker;
 
@@ -66,6 +67,12 @@ struct Cli {
 enum Command {
     /// Print what this kernel offers of what the agent needs; exit status 1 where something is missing
     Preflight(KernelFlags),
+    /// Ask the agent in this container whether it is ready; for a probe
+    Ready {
+        /// The agent's admin socket
+        #[arg(long, env = "WEFT_ADMIN_SOCKET", default_value = config::ADMIN_SOCKET, value_name = "PATH")]
+        admin_socket: std::path::PathBuf,
+    },
     /// Take every pod of this node out of the mesh at once: removes the pinned kernel programs and maps. For a node
     /// whose agent is gone for good; new connections are plain TCP from then on
     BreakGlass(KernelFlags),
@@ -101,6 +108,7 @@ fn main() -> ExitCode {
             println!("{report}");
             return if report.ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
         }
+        Some(Command::Ready { admin_socket }) => ready::probe(&admin_socket),
         Some(Command::BreakGlass(flags)) => Kernel::break_glass(&flags.options()).map_err(Into::into),
         None => run(cli.settings),
     };

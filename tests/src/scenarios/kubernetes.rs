@@ -10,7 +10,7 @@ use weft_testbed::cluster::Builder;
 use weft_testbed::http::get;
 use weft_testbed::kubernetes::KubeCluster;
 use weft_testbed::metrics::Metrics;
-use weft_testbed::poll::until;
+use weft_testbed::poll::{pause, until};
 
 use crate::runner::Scenario;
 use crate::shop::marker;
@@ -28,6 +28,12 @@ pub const SCENARIOS: &[Scenario] = &[
         label,
     )
     .within(400),
+    Scenario::new(
+        "kubernetes_operations",
+        "agents replaced and killed, controller and API server restarted, pods that come and go",
+        operations,
+    )
+    .within(600),
 ];
 
 const NODES: [&str; 2] = ["east", "west"];
@@ -89,10 +95,7 @@ fn label(cluster: Builder) -> Result<()> {
     let kube = KubeCluster::start(cluster.name(), &NODES)?;
     let page = marker("kubernetes");
     open_shop(&kube, &page)?;
-    let address = |pod: &str| -> Result<IpAddr> {
-        Ok(kube.field("shop", &format!("pod/{pod}"), ".status.podIP")?.parse()?)
-    };
-    let pods = [address("web")?, address("client")?];
+    let pods = [address(&kube, "web")?, address(&kube, "client")?];
     let service = kube.field("shop", "service/web", ".spec.clusterIP")?;
     let urls = [format!("http://{}:8080/", pods[0]), format!("http://{service}/")];
 
@@ -130,6 +133,116 @@ fn label(cluster: Builder) -> Result<()> {
     kube.wait_ready("shop", &["web", "client"], POD_READY)
 }
 
+fn operations(cluster: Builder) -> Result<()> {
+    let kube = KubeCluster::start(cluster.name(), &NODES)?;
+    let page = marker("operations");
+    open_shop(&kube, &page)?;
+    install(&kube)?;
+    kube.kubectl(["label", "namespace", "shop", "weft.dev/mesh=enabled"])?;
+    wait_enrolled(&kube, &["web", "client"])?;
+    let pods = [address(&kube, "web")?, address(&kube, "client")?];
+    let url = format!("http://{}/", kube.field("shop", "service/web", ".spec.clusterIP")?);
+    fetch(&kube, &url, &page)?;
+    let capture = kube.capture()?;
+    let start = Moment::now();
+
+    // New agents take over from the old ones while connections keep coming.
+    let traffic = Calls::start(&kube, &url)?;
+    kube.kubectl(["rollout", "restart", "-n", "weft-system", "daemonset/weft-agent"])?;
+    kube.kubectl(["rollout", "status", "-n", "weft-system", "daemonset/weft-agent", "--timeout=90s"])?;
+    // The old ones still drain.
+    pause(Duration::from_secs(4));
+    let (calls, failed) = traffic.stop(&kube)?;
+    ensure!(calls > 20, "only {calls} calls were made during the upgrade");
+    ensure!(failed == 0, "{failed} of {calls} calls failed while the agents were replaced");
+
+    // A killed agent: refused meanwhile, and working again with nobody's help.
+    let agents = "app.kubernetes.io/name=weft-agent";
+    kube.kubectl(["delete", "pods", "-n", "weft-system", "-l", agents, "--grace-period=0", "--force"])?;
+    until(Duration::from_secs(60), "calls succeed with the agents back", || {
+        fetch(&kube, &url, &page).map(|()| true)
+    })?;
+
+    // Without API server and controller traffic goes on; a controller that comes back takes nothing back.
+    kube.control_plane().kill_api()?;
+    let wget = ["wget", "-q", "-O", "-", &url];
+    ensure!(in_pod(&kube, "client", &wget)?.trim() == page, "without the API server nothing goes on");
+    kube.control_plane().start_api()?;
+    let control = "app.kubernetes.io/name=weft-control";
+    kube.kubectl(["delete", "pods", "-n", "weft-system", "-l", control, "--grace-period=0", "--force"])?;
+    for _ in 0..10 {
+        fetch(&kube, &url, &page).context("while the controller is replaced")?;
+    }
+    kube.kubectl(["rollout", "status", "-n", "weft-system", "deployment/weft-control", "--timeout=90s"])?;
+    wait_enrolled(&kube, &["web", "client"]).context("with a new controller")?;
+    fetch(&kube, &url, &page)?;
+
+    // A pod that is deleted and made anew under its name is another pod: with the same name, another namespace.
+    kube.kubectl(["delete", "pod", "-n", "shop", "client", "--grace-period=1"])?;
+    kube.apply(&shop(&page))?;
+    kube.wait_ready("shop", &["client"], POD_READY)?;
+    let anew = address(&kube, "client")?;
+    until(Duration::from_secs(30), "the new client is enrolled", || {
+        let local = dump(&kube, "east")?["pods"].as_array().cloned().unwrap_or_default();
+        Ok(local.iter().any(|pod| pod["phase"].as_str().is_some_and(|p| p.eq_ignore_ascii_case("published"))))
+    })?;
+    fetch(&kube, &url, &page).context("the new client")?;
+    capture.stop()?.nothing_in_the_clear(start, &[pods[0], pods[1], anew], page.as_bytes())?;
+
+    // The label goes, and with it the mesh.
+    kube.kubectl(["label", "namespace", "shop", "weft.dev/mesh-"])?;
+    until(Duration::from_secs(30), "no pod is enrolled any more", || {
+        let none =
+            |node: &str| Ok::<_, anyhow::Error>(metrics(&kube, node)?.sum("weft_enrolled_pods", &[]) == 0.0);
+        Ok(none("east")? && none("west")?)
+    })?;
+    let before = metrics(&kube, "east")?.sum("weft_tcp_connections_opened_total", &[]);
+    fetch(&kube, &url, &page).context("without the label")?;
+    let after = metrics(&kube, "east")?.sum("weft_tcp_connections_opened_total", &[]);
+    ensure!(before == after, "an agent is still in the path");
+    Ok(())
+}
+
+/// A loop of calls from the client's pod, each a new connection.
+struct Calls(std::process::Child);
+
+impl Calls {
+    fn start(kube: &KubeCluster, url: &str) -> Result<Calls> {
+        let script = format!(
+            "rm -f /tmp/stop; n=0; failed=0; while [ ! -e /tmp/stop ]; do n=$((n+1)); \
+             wget -q -O /dev/null {url} || failed=$((failed+1)); sleep 0.05; done; echo $n $failed"
+        );
+        let mut command =
+            kube.control_plane().kubectl_command(["exec", "-n", "shop", "client", "--", "sh", "-c", &script]);
+        let child = command.stdout(std::process::Stdio::piped()).spawn().context("kubectl exec")?;
+        Ok(Calls(child))
+    }
+
+    /// How many were made, and how many failed.
+    fn stop(self, kube: &KubeCluster) -> Result<(u32, u32)> {
+        kube.exec("shop", "client", &["touch", "/tmp/stop"])?;
+        let output = self.0.wait_with_output()?;
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let (calls, failed) = text.trim().split_once(' ').with_context(|| format!("it printed {text:?}"))?;
+        Ok((calls.parse()?, failed.parse()?))
+    }
+}
+
+/// Runs a command in a pod of `shop` on `east` past the API server, by the node's container runtime.
+fn in_pod(kube: &KubeCluster, pod: &str, command: &[&str]) -> Result<String> {
+    let node = kube.node("east")?;
+    let label = format!("labels.\"io.kubernetes.pod.name\"=={pod}");
+    let kind = "labels.\"io.cri-containerd.kind\"==container";
+    let found = node.run("ctr", &["-n", "k8s.io", "containers", "list", "-q", &format!("{label},{kind}")])?;
+    let id = found.split_whitespace().last().with_context(|| format!("no container of {pod}"))?;
+    let task = ["-n", "k8s.io", "task", "exec", "--exec-id", "past-the-api", id];
+    node.run("ctr", &[&task[..], command].concat())
+}
+
+fn address(kube: &KubeCluster, pod: &str) -> Result<IpAddr> {
+    Ok(kube.field("shop", &format!("pod/{pod}"), ".status.podIP")?.parse()?)
+}
+
 /// As the documentation says it.
 fn install(kube: &KubeCluster) -> Result<()> {
     let output =
@@ -151,10 +264,7 @@ fn wait_enrolled(kube: &KubeCluster, pods: &[&str]) -> Result<()> {
     for node in kube.nodes() {
         let name = node.place().name();
         until(Duration::from_secs(30), &format!("{name} knows {pods:?} as enrolled"), || {
-            let socket = ["--silent", "--show-error", "--unix-socket", "/run/weft/agent.sock"];
-            let dump = node.run("curl", &[&socket[..], &["http://agent/config_dump"]].concat())?;
-            let dump: serde_json::Value = serde_json::from_str(&dump).context("the config dump")?;
-            let workloads = dump["workloads"].as_array().cloned().unwrap_or_default();
+            let workloads = dump(kube, name)?["workloads"].as_array().cloned().unwrap_or_default();
             for pod in pods {
                 let uid = format!("Kubernetes//Pod/shop/{pod}");
                 let tunnel = workloads.iter().find(|w| w["uid"] == uid.as_str()).map(|w| &w["tunnel"]);
@@ -167,6 +277,13 @@ fn wait_enrolled(kube: &KubeCluster, pods: &[&str]) -> Result<()> {
         })?;
     }
     Ok(())
+}
+
+/// What a node's agent knows.
+fn dump(kube: &KubeCluster, node: &str) -> Result<serde_json::Value> {
+    let socket = ["--silent", "--show-error", "--unix-socket", "/run/weft/agent.sock"];
+    let dump = kube.node(node)?.run("curl", &[&socket[..], &["http://agent/config_dump"]].concat())?;
+    serde_json::from_str(&dump).context("the config dump")
 }
 
 /// A scrape of a node's agent, over the network.
