@@ -14,10 +14,10 @@ use crate::place::Place;
 use crate::poll::until;
 use crate::process::{Process, run_ok};
 
-/// Range of the pods' addresses; each node gets a /24 of it.
-pub const POD_CIDR: &str = "10.44.0.0/16";
-/// Range of the Services' addresses.
-pub const SERVICE_CIDR: &str = "10.97.0.0/16";
+/// Ranges of the pods' addresses; each node gets a /24 and a /64 of them.
+pub const POD_CIDR: &str = "10.44.0.0/16,fd00:10:44::/48";
+/// Ranges of the Services' addresses.
+pub const SERVICE_CIDR: &str = "10.97.0.0/16,fd00:10:97::/112";
 /// Address of the cluster's DNS.
 pub const DNS_ADDRESS: &str = "10.97.0.10";
 
@@ -99,6 +99,7 @@ impl ControlPlane {
             format!("--cluster-signing-key-file={}", pki("ca.key")),
             format!("--cluster-cidr={POD_CIDR}"),
             "--allocate-node-cidrs".to_owned(),
+            "--node-cidr-mask-size-ipv6=64".to_owned(),
             format!("--service-cluster-ip-range={SERVICE_CIDR}"),
         ];
         let scheduler = [

@@ -48,8 +48,12 @@ impl KubeCluster {
         for (host, node) in (11..).zip(nodes) {
             let place = topology.add_machine(node, host)?;
             place.netns().sysctl("ipv4/ip_forward", "1")?;
-            // The kubelet and kube-proxy look for a default route.
-            place.netns().ip(&format!("route add default via {}", topology.control.v4))?;
+            place.netns().sysctl("ipv6/conf/all/forwarding", "1")?;
+            // The kubelet and kube-proxy look for default routes.
+            let control = &topology.control;
+            place
+                .netns()
+                .ip(&format!("route add default via {}\nroute add default via {}", control.v4, control.v6))?;
             started.push(KubeNode::start(&place, &plane, topology.control.v4, &programs, &images)?);
         }
         let cluster = KubeCluster { nodes: started, plane, topology };
@@ -63,17 +67,20 @@ impl KubeCluster {
         let mut ranges = Vec::new();
         for node in &self.nodes {
             let name = node.place().name();
-            let cidr = until_some(NODE_READY, &format!("{name} has a range of pod addresses"), || {
-                let range = self.kubectl(["get", "node", name, "-o", "jsonpath={.spec.podCIDR}"])?;
-                Ok((!range.is_empty()).then_some(range))
+            let found = until_some(NODE_READY, &format!("{name} has ranges of pod addresses"), || {
+                let found = self.kubectl(["get", "node", name, "-o", "jsonpath={.spec.podCIDRs[*]}"])?;
+                Ok((!found.is_empty()).then_some(found))
             })?;
-            node.write_cni(&cidr)?;
-            ranges.push((node.place(), cidr));
+            let found: Vec<_> = found.split_whitespace().collect();
+            node.write_cni(&found)?;
+            ranges.extend(found.into_iter().map(|range| (node.place(), range.to_owned())));
         }
         let machines = self.nodes.iter().map(KubeNode::place).chain([&self.topology.control]);
         for machine in machines {
             for (node, range) in ranges.iter().filter(|(node, _)| node.name() != machine.name()) {
-                machine.netns().ip(&format!("route add {range} via {}", node.v4))?;
+                let via = node.addresses().into_iter().find(|ip| ip.is_ipv6() == range.contains(':'));
+                let via = via.context("a node without an address")?;
+                machine.netns().ip(&format!("route add {range} via {via}"))?;
             }
         }
         Ok(())

@@ -1,7 +1,7 @@
 //! A node: a network, mount, PID, UTS, IPC and cgroup namespace with containerd, a kubelet and kube-proxy in it. What
 //! runs inside, and in which order, is in `node-init.sh`.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Mutex;
@@ -45,7 +45,7 @@ impl KubeNode {
             Some("system:nodes"),
             &format!("system:node:{name}"),
             &[name],
-            &[place.v4.into()],
+            &place.addresses(),
         )?;
         for file in [
             format!("{name}.crt"),
@@ -62,7 +62,7 @@ impl KubeNode {
         kubeconfig(&dir.join("proxy.kubeconfig"), &server, seen, "proxy")?;
         std::fs::write(dir.join("containerd.toml"), CONTAINERD)?;
         std::fs::write(dir.join("kubelet.yaml"), kubelet(name, place.v4))?;
-        std::fs::write(dir.join("kube-proxy.yaml"), kube_proxy(name, place.v4))?;
+        std::fs::write(dir.join("kube-proxy.yaml"), kube_proxy(name, place.v4, place.v6))?;
         std::fs::write(dir.join("resolv.conf"), format!("nameserver {DNS_ADDRESS}\n"))?;
         std::fs::write(dir.join("init.sh"), include_str!("node-init.sh"))?;
         let own = created(dir.join("images"))?;
@@ -95,7 +95,7 @@ impl KubeNode {
         );
         command.arg(dir.join("init.sh"));
         command.env("NODE", self.place.name()).env("NODE_DIR", dir).env("PROGRAMS", &self.programs);
-        command.env("NODE_ADDRESS", self.place.v4.to_string());
+        command.env("NODE_ADDRESS", format!("{},{}", self.place.v4, self.place.v6));
         self.cgroups.enter_before(&mut command);
         let process = self.place.start_command("init", command)?;
         *self.init.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(process);
@@ -129,13 +129,16 @@ impl KubeNode {
         Ok(String::from_utf8_lossy(&output).into_owned())
     }
 
-    /// Gives the node its range of pods' addresses: the `bridge` plugin chained with `portmap`.
-    pub fn write_cni(&self, pod_cidr: &str) -> Result<()> {
+    /// Gives the node its ranges of pods' addresses: the `bridge` plugin chained with `portmap`.
+    pub fn write_cni(&self, pod_cidrs: &[&str]) -> Result<()> {
+        let ranges: Vec<_> = pod_cidrs.iter().map(|cidr| format!(r#"[{{"subnet": "{cidr}"}}]"#)).collect();
+        let ranges = ranges.join(", ");
         let dir = self.place.dir().join("root/etc/cni/net.d");
         let list = format!(
             r#"{{"cniVersion": "0.4.0", "name": "test", "plugins": [
   {{"type": "bridge", "bridge": "cni0", "isGateway": true, "hairpinMode": true,
-   "ipam": {{"type": "host-local", "ranges": [[{{"subnet": "{pod_cidr}"}}]], "routes": [{{"dst": "0.0.0.0/0"}}]}}}},
+   "ipam": {{"type": "host-local", "ranges": [{ranges}],
+            "routes": [{{"dst": "0.0.0.0/0"}}, {{"dst": "::/0"}}]}}}},
   {{"type": "portmap", "capabilities": {{"portMappings": true}}}}]}}
 "#
         );
@@ -206,7 +209,7 @@ shutdownGracePeriod: 0s
     )
 }
 
-fn kube_proxy(name: &str, address: Ipv4Addr) -> String {
+fn kube_proxy(name: &str, address: Ipv4Addr, address_v6: Ipv6Addr) -> String {
     format!(
         "apiVersion: kubeproxy.config.k8s.io/v1alpha1
 kind: KubeProxyConfiguration
@@ -215,7 +218,7 @@ clientConnection: {{kubeconfig: /mnt/proxy.kubeconfig}}
 clusterCIDR: {POD_CIDR}
 oomScoreAdj: 0
 hostnameOverride: {name}
-nodeIPOverride: [{address}]
+nodeIPOverride: [{address}, \"{address_v6}\"]
 conntrack: {{maxPerCore: 0}} # nf_conntrack_max stays as it is
 metricsBindAddress: 127.0.0.1:10249
 healthzBindAddress: 127.0.0.1:10256

@@ -63,6 +63,7 @@ apiVersion: v1
 kind: Service
 metadata: {{name: web, namespace: shop}}
 spec:
+  ipFamilyPolicy: RequireDualStack
   selector: {{app: web}}
   ports: [{{port: 80, targetPort: 8080}}]
 ---
@@ -83,10 +84,8 @@ spec:
 fn cluster(cluster: Builder) -> Result<()> {
     let kube = KubeCluster::start(cluster.name(), &NODES)?;
     open_shop(&kube, "hello-from-web")?;
-    let web = kube.field("shop", "pod/web", ".status.podIP")?;
-    let service = kube.field("shop", "service/web", ".spec.clusterIP")?;
-    for to in [format!("http://{web}:8080/"), format!("http://{service}/")] {
-        fetch(&kube, &to, "hello-from-web")?;
+    for url in urls(&kube)? {
+        fetch(&kube, &url, "hello-from-web")?;
     }
     Ok(())
 }
@@ -95,9 +94,8 @@ fn label(cluster: Builder) -> Result<()> {
     let kube = KubeCluster::start(cluster.name(), &NODES)?;
     let page = marker("kubernetes");
     open_shop(&kube, &page)?;
-    let pods = [address(&kube, "web")?, address(&kube, "client")?];
-    let service = kube.field("shop", "service/web", ".spec.clusterIP")?;
-    let urls = [format!("http://{}:8080/", pods[0]), format!("http://{service}/")];
+    let pods = [addresses(&kube, "web")?, addresses(&kube, "client")?].concat();
+    let urls = urls(&kube)?;
 
     install(&kube)?;
     let capture = kube.capture()?;
@@ -110,8 +108,9 @@ fn label(cluster: Builder) -> Result<()> {
     for url in &urls {
         fetch(&kube, url, &page).context("enrolled")?;
     }
-    // Both pages went through the tunnel, and nothing but it. The kubelet's probes do not cross this wire.
-    capture.stop()?.encrypted_since(label, &pods, page.as_bytes(), 2 * page.len() as u64)?;
+    // All pages went through the tunnel, and nothing but it. The kubelet's probes do not cross this wire.
+    let verified = (urls.len() * page.len()) as u64;
+    capture.stop()?.encrypted_since(label, &pods, page.as_bytes(), verified)?;
 
     let identity = "spiffe://cluster.local/ns/shop/sa/default";
     for (node, reporter) in [("east", "source"), ("west", "destination")] {
@@ -122,7 +121,7 @@ fn label(cluster: Builder) -> Result<()> {
             ("destination_principal", identity),
         ];
         let opened = metrics(&kube, node)?.sum("weft_tcp_connections_opened_total", &labels);
-        ensure!(opened == 2.0, "the agent of {node} counts {opened} of two connections as {reporter}");
+        ensure!(opened == 4.0, "the agent of {node} counts {opened} of four connections as {reporter}");
     }
     // The kubelet's probes go on, and nothing was restarted.
     for pod in ["web", "client"] {
@@ -140,7 +139,7 @@ fn operations(cluster: Builder) -> Result<()> {
     install(&kube)?;
     kube.kubectl(["label", "namespace", "shop", "weft.dev/mesh=enabled"])?;
     wait_enrolled(&kube, &["web", "client"])?;
-    let pods = [address(&kube, "web")?, address(&kube, "client")?];
+    let mut pods = [addresses(&kube, "web")?, addresses(&kube, "client")?].concat();
     let url = format!("http://{}/", kube.field("shop", "service/web", ".spec.clusterIP")?);
     fetch(&kube, &url, &page)?;
     let capture = kube.capture()?;
@@ -181,13 +180,13 @@ fn operations(cluster: Builder) -> Result<()> {
     kube.kubectl(["delete", "pod", "-n", "shop", "client", "--grace-period=1"])?;
     kube.apply(&shop(&page))?;
     kube.wait_ready("shop", &["client"], POD_READY)?;
-    let anew = address(&kube, "client")?;
+    pods.extend(addresses(&kube, "client")?);
     until(Duration::from_secs(30), "the new client is enrolled", || {
         let local = dump(&kube, "east")?["pods"].as_array().cloned().unwrap_or_default();
         Ok(local.iter().any(|pod| pod["phase"].as_str().is_some_and(|p| p.eq_ignore_ascii_case("published"))))
     })?;
     fetch(&kube, &url, &page).context("the new client")?;
-    capture.stop()?.nothing_in_the_clear(start, &[pods[0], pods[1], anew], page.as_bytes())?;
+    capture.stop()?.nothing_in_the_clear(start, &pods, page.as_bytes())?;
 
     // The label goes, and with it the mesh.
     kube.kubectl(["label", "namespace", "shop", "weft.dev/mesh-"])?;
@@ -239,8 +238,22 @@ fn in_pod(kube: &KubeCluster, pod: &str, command: &[&str]) -> Result<String> {
     node.run("ctr", &[&task[..], command].concat())
 }
 
-fn address(kube: &KubeCluster, pod: &str) -> Result<IpAddr> {
-    Ok(kube.field("shop", &format!("pod/{pod}"), ".status.podIP")?.parse()?)
+/// A pod's addresses, IPv4 and IPv6.
+fn addresses(kube: &KubeCluster, pod: &str) -> Result<Vec<IpAddr>> {
+    let text = kube.field("shop", &format!("pod/{pod}"), ".status.podIPs[*].ip")?;
+    let found: Vec<IpAddr> = text.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
+    ensure!(found.len() == 2, "{pod} has the addresses {text:?}");
+    Ok(found)
+}
+
+/// The web server by its pod's and its Service's addresses, of both families.
+fn urls(kube: &KubeCluster) -> Result<Vec<String>> {
+    let services = kube.field("shop", "service/web", ".spec.clusterIPs[*]")?;
+    let services: Vec<IpAddr> = services.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
+    ensure!(services.len() == 2, "the Service has the addresses {services:?}");
+    let pods = addresses(kube, "web")?;
+    let url = |(ip, port): (&IpAddr, u16)| format!("http://{}/", std::net::SocketAddr::new(*ip, port));
+    Ok(pods.iter().map(|ip| (ip, 8080)).chain(services.iter().map(|ip| (ip, 80))).map(url).collect())
 }
 
 /// As the documentation says it.
