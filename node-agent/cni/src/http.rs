@@ -1,0 +1,106 @@
+//! The little HTTP that a plugin needs: one request on one connection, to the agent or to the API server. HTTP/1.0, so
+//! that the answer ends with the connection and comes in one piece.
+
+use std::{
+    io::{self, Read, Write},
+    net::{TcpStream, ToSocketAddrs},
+    os::unix::net::UnixStream,
+    path::Path,
+    sync::Arc,
+    time::Duration,
+};
+
+use rustls::{
+    ClientConfig, ClientConnection, RootCertStore, StreamOwned,
+    pki_types::{CertificateDer, ServerName, pem::PemObject},
+};
+
+const CONNECT: Duration = Duration::from_secs(3);
+/// More than a Pod ever has; etcd stores no larger object.
+const MAX_ANSWER: u64 = 4 << 20;
+
+/// An answer.
+#[derive(Debug)]
+pub struct Answer {
+    pub status: u16,
+    pub body: Vec<u8>,
+}
+
+/// Asks over a Unix socket; the answer may take `limit`.
+pub fn over_socket(socket: &Path, path: &str, body: &[u8], limit: Duration) -> io::Result<Answer> {
+    let stream = UnixStream::connect(socket)?;
+    stream.set_read_timeout(Some(limit))?;
+    stream.set_write_timeout(Some(limit))?;
+    exchange(stream, &head("POST", path, "agent", None, body.len()), body)
+}
+
+/// GETs `path` of the API server at `server` (`HOST:PORT`) over TLS.
+pub fn get(server: &str, ca: &str, token: &str, path: &str) -> io::Result<Answer> {
+    let invalid = |why: String| io::Error::new(io::ErrorKind::InvalidInput, why);
+    let mut roots = RootCertStore::empty();
+    for certificate in CertificateDer::pem_slice_iter(ca.as_bytes()) {
+        let certificate = certificate.map_err(|error| invalid(format!("the API server's roots: {error}")))?;
+        roots.add(certificate).map_err(|error| invalid(format!("the API server's roots: {error}")))?;
+    }
+    let host = server.rsplit_once(':').map_or(server, |(host, _)| host);
+    let name = ServerName::try_from(host.trim_matches(['[', ']']).to_owned())
+        .map_err(|error| invalid(format!("{server}: {error}")))?;
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let config = ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .map_err(|error| invalid(error.to_string()))?
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    let session =
+        ClientConnection::new(Arc::new(config), name).map_err(|error| invalid(error.to_string()))?;
+    let address =
+        server.to_socket_addrs()?.next().ok_or_else(|| invalid(format!("{server} has no address")))?;
+    let stream = TcpStream::connect_timeout(&address, CONNECT)?;
+    stream.set_read_timeout(Some(CONNECT))?;
+    stream.set_write_timeout(Some(CONNECT))?;
+    exchange(StreamOwned::new(session, stream), &head("GET", path, server, Some(token), 0), &[])
+}
+
+fn head(method: &str, path: &str, host: &str, token: Option<&str>, length: usize) -> String {
+    let token = token.map(|token| format!("Authorization: Bearer {token}\r\n")).unwrap_or_default();
+    format!(
+        "{method} {path} HTTP/1.0\r\nHost: {host}\r\nAccept: application/json\r\n{token}\
+         Content-Type: application/json\r\nContent-Length: {length}\r\n\r\n"
+    )
+}
+
+fn exchange(mut stream: impl Read + Write, head: &str, body: &[u8]) -> io::Result<Answer> {
+    stream.write_all(head.as_bytes())?;
+    stream.write_all(body)?;
+    stream.flush()?;
+    let mut answer = Vec::new();
+    match stream.take(MAX_ANSWER).read_to_end(&mut answer) {
+        // A TLS connection that ends without a farewell; what is missing shows in the body.
+        Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => {}
+        result => drop(result?),
+    }
+    parse(&answer).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "the answer is no HTTP"))
+}
+
+fn parse(answer: &[u8]) -> Option<Answer> {
+    let end = answer.windows(4).position(|window| window == b"\r\n\r\n")?;
+    let head = std::str::from_utf8(&answer[..end]).ok()?;
+    let status = head.strip_prefix("HTTP/1.")?.split(' ').nth(1)?.parse().ok()?;
+    Some(Answer { status, body: answer[end + 4..].to_vec() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_are_read_and_nonsense_is_not() {
+        let answer = parse(b"HTTP/1.1 403 Forbidden\r\nContent-Length: 2\r\n\r\n{}").unwrap();
+        assert_eq!((answer.status, answer.body.as_slice()), (403, &b"{}"[..]));
+        for nonsense in
+            [&b""[..], b"HTTP/1.1 200", b"SSH-2.0\r\n\r\n", b"HTTP/1.1 x\r\n\r\n", b"\xff\r\n\r\n"]
+        {
+            assert!(parse(nonsense).is_none(), "{nonsense:?}");
+        }
+    }
+}
