@@ -9,6 +9,9 @@ use std::{
 use anyhow::{Context, ensure};
 use clap::Args;
 use serde::Deserialize;
+use weft_cni::install::Installation;
+
+use crate::cni::Install;
 
 /// Everything that can be set, as written by a person. Each flag has the environment variable shown and, in the file
 /// given by `--config`, a key of the same name with underscores.
@@ -46,6 +49,25 @@ pub struct Settings {
     /// Address of /readyz [default: 0.0.0.0:15021]
     #[arg(long, env = "WEFT_READY_LISTEN", value_name = "IP:PORT")]
     pub ready_listen: Option<SocketAddr>,
+    /// Unix socket on which the CNI plugin announces new pods; none unless given
+    #[arg(long, env = "WEFT_CNI_SOCKET", value_name = "PATH")]
+    pub cni_socket: Option<PathBuf>,
+    /// The node's directory of network configurations, in which the CNI plugin is kept; not unless given
+    #[arg(
+        long,
+        env = "WEFT_CNI_CONF_DIR",
+        value_name = "DIR",
+        requires = "cni_socket",
+        requires = "cni_bin_dir"
+    )]
+    pub cni_conf_dir: Option<PathBuf>,
+    /// The node's directory of CNI plugins
+    #[arg(long, env = "WEFT_CNI_BIN_DIR", value_name = "DIR")]
+    pub cni_bin_dir: Option<PathBuf>,
+    /// Namespaces whose pods start even where neither agent nor API server can say whether they belong to the mesh
+    /// [default: kube-system]
+    #[arg(long, env = "WEFT_CNI_EXCLUDED_NAMESPACES", value_delimiter = ',', value_name = "NAME,...")]
+    pub cni_excluded_namespaces: Option<Vec<String>>,
     /// Seconds that open connections get to end after SIGTERM [default: 30]
     #[arg(long, env = "WEFT_DRAIN_DEADLINE", value_name = "SECONDS")]
     pub drain_deadline: Option<u64>,
@@ -95,6 +117,8 @@ pub struct Config {
     pub admin_socket: PathBuf,
     pub metrics_listen: SocketAddr,
     pub ready_listen: SocketAddr,
+    pub cni_socket: Option<PathBuf>,
+    pub cni_install: Option<Install>,
     pub drain_deadline: Duration,
     pub workers: usize,
     pub hold_timeout: Duration,
@@ -118,6 +142,18 @@ impl Settings {
         let required = |what: &str| {
             format!("no {what}: give --{what}, or WEFT_{}", what.to_uppercase().replace('-', "_"))
         };
+        let cni_socket = self.cni_socket.or(file.cni_socket);
+        let directories = self.cni_conf_dir.or(file.cni_conf_dir).zip(self.cni_bin_dir.or(file.cni_bin_dir));
+        let excluded = self.cni_excluded_namespaces.or(file.cni_excluded_namespaces);
+        let cni_install = match (&cni_socket, directories) {
+            (Some(socket), Some((conf_dir, bin_dir))) => Some(Install {
+                program: std::env::current_exe().context("own path")?.with_file_name(weft_cni::PLUGIN),
+                node: Installation { conf_dir, bin_dir },
+                socket: socket.clone(),
+                excluded_namespaces: excluded.unwrap_or_else(|| vec!["kube-system".to_owned()]),
+            }),
+            _ => None,
+        };
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
         let config = Config {
             node: self.node.or(file.node).with_context(|| required("node"))?,
@@ -132,6 +168,8 @@ impl Settings {
                 .or(file.metrics_listen)
                 .unwrap_or(([0, 0, 0, 0], 15020).into()),
             ready_listen: self.ready_listen.or(file.ready_listen).unwrap_or(([0, 0, 0, 0], 15021).into()),
+            cni_socket,
+            cni_install,
             drain_deadline: Duration::from_secs(self.drain_deadline.or(file.drain_deadline).unwrap_or(30)),
             workers: self.workers.or(file.workers).unwrap_or((cores / 2).max(1)),
             hold_timeout: Duration::from_secs(self.hold_timeout.or(file.hold_timeout).unwrap_or(5)),

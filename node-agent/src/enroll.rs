@@ -12,15 +12,17 @@ use std::{
 };
 
 use tokio::{
-    sync::{mpsc, watch},
+    sync::{mpsc, oneshot, watch},
     time::Instant,
 };
 use tracing::{info, warn};
+use weft_cni::protocol::AddRequest;
 use weft_core::{SpiffeId, Tunnel, Workload};
 use weft_kernel::{Kernel, Netns, PodAddresses, locate};
 use weft_proto::node::{EnrollmentFailure, EnrollmentReport};
 
 use crate::{
+    cni::Asked,
     controller::Controller,
     convert::{LocalPod, NetnsHint},
     metrics::Metrics,
@@ -33,6 +35,8 @@ use crate::{
 const LEAVING_GRACE: Duration = Duration::from_secs(2);
 /// How often namespaces are looked at again: one may have been replaced under the same path.
 const RECHECK: Duration = Duration::from_secs(5);
+/// How long the controller may take to name a pod that the CNI plugin announced.
+const ANNOUNCED_TIMEOUT: Duration = Duration::from_secs(10);
 const FIRST_RETRY: Duration = Duration::from_millis(250);
 const LAST_RETRY: Duration = Duration::from_secs(30);
 
@@ -69,6 +73,15 @@ pub struct Enroller {
     pub status: watch::Sender<Enrollment>,
     pub max_connections_per_pod: usize,
     pub draining: watch::Receiver<bool>,
+    /// From the CNI plugin; closed where there is none.
+    pub asked: mpsc::Receiver<Asked>,
+}
+
+/// A pod that the CNI plugin announced and the controller has not named yet.
+struct Announced {
+    request: AddRequest,
+    answer: oneshot::Sender<Result<bool, String>>,
+    deadline: Instant,
 }
 
 /// The task's own state.
@@ -79,6 +92,10 @@ struct Pods {
     all: Vec<Weak<PodHandle>>,
     leaving: BTreeMap<Arc<str>, Instant>,
     failures: BTreeMap<Arc<str>, Failure>,
+    announced: Vec<Announced>,
+    /// Protected before they started, by pod UID: nobody serves them until the controller knows their addresses, which it
+    /// learns when they have started.
+    prepared: BTreeMap<String, weft_kernel::Pod>,
     /// When namespaces were last compared with what is enrolled.
     checked: Option<Instant>,
     stale_removed: bool,
@@ -99,11 +116,20 @@ impl Enroller {
             if snapshot.synced {
                 self.reconcile(&snapshot, &mut pods, &idle_tx).await;
             }
-            let due = pods.failures.values().map(|f| f.next).chain(pods.leaving.values().copied()).min();
+            self.answer_announced(&snapshot, &mut pods).await;
+            let due = pods.failures.values().map(|f| f.next).chain(pods.leaving.values().copied());
+            let due = due.chain(pods.announced.iter().map(|a| a.deadline)).min();
             let wake = due.unwrap_or_else(far).min(Instant::now() + RECHECK);
             tokio::select! {
                 changed = self.snapshots.changed() => if changed.is_err() { return },
                 Some(pod) = idle.recv() => self.remove_routes(pod, &pods).await,
+                Some(asked) = self.asked.recv() => match asked {
+                    Asked::Add(request, answer) => {
+                        let deadline = Instant::now() + ANNOUNCED_TIMEOUT;
+                        pods.announced.push(Announced { request, answer, deadline });
+                    }
+                    Asked::Del(request) => self.forget_prepared(&request.pod_uid, &mut pods).await,
+                },
                 _ = draining.changed() => {}
                 () = tokio::time::sleep_until(wake) => {}
             }
@@ -127,6 +153,60 @@ impl Enroller {
             }
         }
         self.tell(snapshot, pods);
+    }
+
+    /// Answers the CNI plugin about the pods that the controller has named by now, after protecting those that belong to
+    /// the mesh.
+    async fn answer_announced(&self, snapshot: &Snapshot, pods: &mut Pods) {
+        for Announced { request, answer, deadline } in std::mem::take(&mut pods.announced) {
+            let named =
+                |local: &&LocalPod| matches!(&local.netns, NetnsHint::PodUid(uid) if *uid == request.pod_uid);
+            let local = snapshot.local.values().find(named).filter(|_| snapshot.synced);
+            let outcome = match local {
+                Some(local) if !local.enroll => Ok(false),
+                Some(_) => self.prepare(&request, pods).await.map(|()| true),
+                None if deadline <= Instant::now() => {
+                    Err(format!("the controller has not told this node of the pod {} in time", request.pod))
+                }
+                None => {
+                    pods.announced.push(Announced { request, answer, deadline });
+                    continue;
+                }
+            };
+            match &outcome {
+                Ok(true) => info!(pod = request.pod, "protected before it starts"),
+                Ok(false) => {}
+                Err(error) => warn!(pod = request.pod, error, "not protected, so it is not started"),
+            }
+            // A plugin that gave up is asked for the pod again.
+            let _ = answer.send(outcome);
+        }
+        let unwanted = |uid: &&String| {
+            let wanted = |l: &LocalPod| l.enroll && matches!(&l.netns, NetnsHint::PodUid(own) if own == *uid);
+            snapshot.synced && !snapshot.local.values().any(wanted)
+        };
+        for uid in pods.prepared.keys().filter(unwanted).cloned().collect::<Vec<_>>() {
+            self.forget_prepared(&uid, pods).await;
+        }
+    }
+
+    /// Captures a pod whose processes have not started. On hold it sends nothing.
+    async fn prepare(&self, request: &AddRequest, pods: &mut Pods) -> Result<(), String> {
+        let (path, addresses) = (PathBuf::from(&request.netns), request.addresses.clone());
+        let prepared = self.blocking(move |kernel| {
+            let netns = owner_of(&addresses, &[path])?;
+            kernel.enroll(netns, PodAddresses::from_ips(addresses)).map_err(|e| e.to_string())
+        });
+        let prepared = prepared.await?;
+        pods.prepared.insert(request.pod_uid.clone(), prepared);
+        Ok(())
+    }
+
+    async fn forget_prepared(&self, pod_uid: &str, pods: &mut Pods) {
+        let Some(pod) = pods.prepared.remove(pod_uid) else { return };
+        if let Err(error) = self.blocking(move |_| pod.stop_capture()).await {
+            warn!(pod_uid, %error, "removing a pod that was never started");
+        }
     }
 
     /// Frees pods that lost their label, and forgets those that ceased to exist, while no agent was there.
@@ -256,10 +336,13 @@ impl Enroller {
         let located = self.blocking(move |_| locate_all(hints.iter())).await;
         for (uid, local) in due {
             let result = match snapshot.mesh.workload(uid) {
-                Some(workload) => {
-                    let paths = candidates(&local.netns, &located);
-                    self.enroll(workload.clone(), local.netns.clone(), paths, pods).await
-                }
+                Some(workload) => match take_prepared(&local.netns, workload, pods) {
+                    Some(prepared) => self.begin(workload.clone(), local.netns.clone(), prepared),
+                    None => {
+                        let paths = candidates(&local.netns, &located);
+                        self.enroll(workload.clone(), local.netns.clone(), paths, pods).await
+                    }
+                },
                 None => Err("the controller wants it enrolled but has not said who it is".to_owned()),
             };
             match result {
@@ -306,7 +389,17 @@ impl Enroller {
             }
             kernel.enroll(netns, addresses).map_err(|e| e.to_string())
         });
-        let mut pod = enrolled.await?;
+        let pod = enrolled.await?;
+        self.begin(workload, hint, pod)
+    }
+
+    /// Serves a pod that is in place in the kernel.
+    fn begin(
+        &self,
+        workload: Arc<Workload>,
+        hint: NetnsHint,
+        mut pod: weft_kernel::Pod,
+    ) -> Result<Arc<PodHandle>, String> {
         let listener = pod.take_listener().ok_or("its listener was already taken")?;
         let pod = Arc::new(PodHandle::new(workload, hint, pod, self.max_connections_per_pod));
         self.workers.listen(&pod, listener);
@@ -388,6 +481,13 @@ async fn drain(pods: Vec<Weak<PodHandle>>) {
             pod.until_idle().await;
         }
     }
+}
+
+/// What the CNI plugin had protected, if it has the addresses by which the controller knows the pod.
+fn take_prepared(hint: &NetnsHint, workload: &Workload, pods: &mut Pods) -> Option<weft_kernel::Pod> {
+    let NetnsHint::PodUid(uid) = hint else { return None };
+    let prepared = pods.prepared.remove(uid)?;
+    workload.addresses.iter().all(|ip| prepared.addresses().contains(*ip)).then_some(prepared)
 }
 
 /// The one of `paths` that has every address of a pod: any other namespace is somebody else's.

@@ -174,7 +174,7 @@ pub fn start(views: Views, metrics: SocketAddr, ready: SocketAddr, admin: &Path)
             }
         });
     }
-    let listener = admin_socket(admin).with_context(|| format!("listening on {}", admin.display()))?;
+    let listener = unix_listener(admin).with_context(|| format!("listening on {}", admin.display()))?;
     tokio::spawn(async move {
         loop {
             match listener.accept().await {
@@ -222,7 +222,8 @@ fn shared_port(address: SocketAddr) -> io::Result<TcpListener> {
 }
 
 /// A socket at `path`, in place of one that a predecessor left.
-fn admin_socket(path: &Path) -> anyhow::Result<UnixListener> {
+/// A listener at `path` that only its owner may open; a predecessor's is replaced.
+pub fn unix_listener(path: &Path) -> anyhow::Result<UnixListener> {
     if let Some(parent) = path.parent() {
         std::fs::create_dir_all(parent).with_context(|| format!("creating {}", parent.display()))?;
     }

@@ -3,6 +3,7 @@
 //! `enroll`.
 #![forbid(unsafe_code)]
 
+mod cni;
 mod config;
 mod connection;
 mod controller;
@@ -73,6 +74,15 @@ enum Command {
         #[arg(long, env = "WEFT_ADMIN_SOCKET", default_value = config::ADMIN_SOCKET, value_name = "PATH")]
         admin_socket: std::path::PathBuf,
     },
+    /// Take the CNI plugin out of the node's network configuration
+    CniUninstall {
+        /// The node's directory of network configurations
+        #[arg(long, env = "WEFT_CNI_CONF_DIR", default_value = "/etc/cni/net.d", value_name = "DIR")]
+        conf_dir: std::path::PathBuf,
+        /// The node's directory of CNI plugins
+        #[arg(long, env = "WEFT_CNI_BIN_DIR", default_value = "/opt/cni/bin", value_name = "DIR")]
+        bin_dir: std::path::PathBuf,
+    },
     /// Take every pod of this node out of the mesh at once: removes the pinned kernel programs and maps. For a node
     /// whose agent is gone for good; new connections are plain TCP from then on
     BreakGlass(KernelFlags),
@@ -109,6 +119,9 @@ fn main() -> ExitCode {
             return if report.ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
         }
         Some(Command::Ready { admin_socket }) => ready::probe(&admin_socket),
+        Some(Command::CniUninstall { conf_dir, bin_dir }) => {
+            weft_cni::install::Installation { conf_dir, bin_dir }.remove().map_err(Into::into)
+        }
         Some(Command::BreakGlass(flags)) => Kernel::break_glass(&flags.options()).map_err(Into::into),
         None => run(cli.settings),
     };
@@ -181,6 +194,13 @@ async fn serve(config: Arc<Config>, kernel: Arc<Kernel>) -> anyhow::Result<()> {
         draining: draining.clone(),
     })?;
     tokio::spawn(state::run(kernel.clone(), metrics.clone(), update_rx, snapshot_tx));
+    let (asked_tx, asked) = mpsc::channel(16);
+    if let Some(socket) = &config.cni_socket {
+        cni::serve(socket, asked_tx)?;
+    }
+    if let Some(install) = &config.cni_install {
+        tokio::spawn(cni::keep_installed(install.clone()));
+    }
     let enroller = Enroller {
         kernel,
         workers,
@@ -191,6 +211,7 @@ async fn serve(config: Arc<Config>, kernel: Arc<Kernel>) -> anyhow::Result<()> {
         status: status_tx,
         max_connections_per_pod: config.max_connections_per_pod,
         draining: draining.clone(),
+        asked,
     };
     let enrolling = tokio::spawn(enroller.run());
     tokio::spawn(enroll::report_upward(controller, reports, connected.clone()));

@@ -69,17 +69,19 @@ pub fn for_tests(programs: &Path) -> Result<()> {
 
 fn product(programs: &Path, dir: &Path, repository: &str, tag: &str) -> Result<Vec<PathBuf>> {
     // Not root where nothing needs it.
-    [("weft-agent", ""), ("weft-control", "65532:65532")]
+    [("weft-agent", "", &["weft-agent", "weft-cni"][..]), ("weft-control", "65532:65532", &["weft-control"])]
         .into_iter()
-        .map(|(name, user)| {
+        .map(|(name, user, contents)| {
             let mut image = Image { user, entrypoint: vec![format!("/{name}")], entries: BTreeMap::new() };
-            let program = programs.join(name);
-            image.add(name, stripped(&program)?);
-            for library in libraries(&program)? {
-                image.add(
-                    library.trim_start_matches('/'),
-                    fs::read(&library).with_context(|| library.clone())?,
-                );
+            for program in contents {
+                let path = programs.join(program);
+                image.add(program, stripped(&path)?);
+                for library in libraries(&path)? {
+                    image.add(
+                        library.trim_start_matches('/'),
+                        fs::read(&library).with_context(|| library.clone())?,
+                    );
+                }
             }
             image.write(&dir.join(format!("{name}.tar")), &format!("{repository}/{name}:{tag}"))
         })

@@ -2,7 +2,10 @@
 //! the agent would have to protect it first.
 
 use weft_api::{Namespace, Pod, mesh_choice};
-use weft_cni::{http, settings::Settings};
+use weft_cni::{
+    http::{self, ApiServer},
+    settings::Settings,
+};
 
 const HELP: &str = "see `kubectl -n weft-system get pods -o wide` for this node's agent; the pod starts by itself when it is back";
 
@@ -31,9 +34,9 @@ fn wanted(settings: &Settings, namespace: &str, name: &str, uid: &str) -> Result
 }
 
 fn get<T: serde::de::DeserializeOwned>(settings: &Settings, path: &str) -> Result<T, String> {
-    let Settings { api_server, api_ca, api_token, .. } = settings;
-    let answer =
-        http::get(api_server, api_ca, api_token, path).map_err(|error| format!("{api_server}: {error}"))?;
+    let api_server = &settings.api_server;
+    let api = ApiServer { address: api_server, ca: &settings.api_ca, token: &settings.api_token };
+    let answer = http::to_api(api, path, None).map_err(|error| format!("{api_server}: {error}"))?;
     if answer.status != 200 {
         return Err(format!("{api_server} answers {} for {path}", answer.status));
     }

@@ -34,8 +34,19 @@ pub fn over_socket(socket: &Path, path: &str, body: &[u8], limit: Duration) -> i
     exchange(stream, &head("POST", path, "agent", None, body.len()), body)
 }
 
-/// GETs `path` of the API server at `server` (`HOST:PORT`) over TLS.
-pub fn get(server: &str, ca: &str, token: &str, path: &str) -> io::Result<Answer> {
+/// An API server and who asks it.
+#[derive(Debug, Clone, Copy)]
+pub struct ApiServer<'a> {
+    /// `HOST:PORT`.
+    pub address: &'a str,
+    /// PEM of the certificates that its certificate must chain to.
+    pub ca: &'a str,
+    pub token: &'a str,
+}
+
+/// GETs `path`, or POSTs a body to it, over TLS.
+pub fn to_api(api: ApiServer<'_>, path: &str, body: Option<&[u8]>) -> io::Result<Answer> {
+    let ApiServer { address: server, ca, token } = api;
     let invalid = |why: String| io::Error::new(io::ErrorKind::InvalidInput, why);
     let mut roots = RootCertStore::empty();
     for certificate in CertificateDer::pem_slice_iter(ca.as_bytes()) {
@@ -58,7 +69,9 @@ pub fn get(server: &str, ca: &str, token: &str, path: &str) -> io::Result<Answer
     let stream = TcpStream::connect_timeout(&address, CONNECT)?;
     stream.set_read_timeout(Some(CONNECT))?;
     stream.set_write_timeout(Some(CONNECT))?;
-    exchange(StreamOwned::new(session, stream), &head("GET", path, server, Some(token), 0), &[])
+    let method = if body.is_some() { "POST" } else { "GET" };
+    let body = body.unwrap_or_default();
+    exchange(StreamOwned::new(session, stream), &head(method, path, server, Some(token), body.len()), body)
 }
 
 fn head(method: &str, path: &str, host: &str, token: Option<&str>, length: usize) -> String {

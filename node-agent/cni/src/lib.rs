@@ -12,6 +12,7 @@ pub mod http;
 pub mod install;
 pub mod protocol;
 pub mod settings;
+pub mod token;
 
 /// The plugin's name, in network configurations and as a file.
 pub const PLUGIN: &str = "weft-cni";

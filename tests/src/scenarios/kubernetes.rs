@@ -34,6 +34,12 @@ pub const SCENARIOS: &[Scenario] = &[
         operations,
     )
     .within(600),
+    Scenario::new(
+        "kubernetes_birth",
+        "new pods are protected before they start, and do not start while nobody can protect them",
+        birth,
+    )
+    .within(400),
 ];
 
 const NODES: [&str; 2] = ["east", "west"];
@@ -200,6 +206,110 @@ fn operations(cluster: Builder) -> Result<()> {
     let after = metrics(&kube, "east")?.sum("weft_tcp_connections_opened_total", &[]);
     ensure!(before == after, "an agent is still in the path");
     Ok(())
+}
+
+fn birth(cluster: Builder) -> Result<()> {
+    let kube = KubeCluster::start(cluster.name(), &NODES)?;
+    let page = marker("birth");
+    open_shop(&kube, &page)?;
+    install(&kube)?;
+    let installed = |node: &str| -> Result<bool> {
+        Ok(kube.node(node)?.run("cat", &["/etc/cni/net.d/10-test.conflist"])?.contains("weft-cni"))
+    };
+    until(
+        Duration::from_secs(30),
+        "the plugin is in place",
+        || Ok(installed("east")? && installed("west")?),
+    )?;
+    kube.kubectl(["label", "namespace", "shop", "weft.dev/mesh=enabled"])?;
+    wait_enrolled(&kube, &["web", "client"])?;
+    let url = format!("http://{}/", kube.field("shop", "service/web", ".spec.clusterIP")?);
+
+    // A pod's first act is a call into the mesh: by the time it starts, it is captured. Its name says what it calls.
+    let capture = kube.capture()?;
+    let start = Moment::now();
+    kube.apply(&caller("newborn", "shop", &url))?;
+    until(Duration::from_secs(60), "the newborn's first call has ended", || {
+        Ok(kube.field("shop", "pod/newborn", ".status.phase")? == "Succeeded")
+    })?;
+    let said = kube.kubectl(["logs", "-n", "shop", "newborn"])?;
+    ensure!(said.trim() == page, "the newborn's first call got {said:?}");
+    let mut pods =
+        [addresses(&kube, "web")?, addresses(&kube, "client")?, addresses(&kube, "newborn")?].concat();
+    pods.dedup();
+    let recording = capture.stop()?;
+    recording.nothing_in_the_clear(start, &pods, page.as_bytes())?;
+    ensure!(recording.tunnel_bytes(start) > page.len() as u64, "the page came by no tunnel");
+
+    // Another component writes the configuration anew: the plugin comes back.
+    let east = kube.node("east")?;
+    let range = kube.field("", "node/east", ".spec.podCIDRs[*]")?;
+    east.write_cni(&range.split_whitespace().collect::<Vec<_>>())?;
+    until(Duration::from_secs(10), "the plugin is back in the list", || installed("east"))?;
+
+    // No agent on the node: a pod of the mesh does not start, one outside starts at once.
+    let nowhere = r#"{"spec":{"template":{"spec":{"nodeSelector":{"weft.dev/nowhere":"true"}}}}}"#;
+    kube.kubectl(["patch", "-n", "weft-system", "daemonset/weft-agent", "-p", nowhere])?;
+    until(Duration::from_secs(90), "no agent runs", || {
+        Ok(kube
+            .kubectl([
+                "get",
+                "pods",
+                "-n",
+                "weft-system",
+                "-l",
+                "app.kubernetes.io/name=weft-agent",
+                "-o",
+                "name",
+            ])?
+            .is_empty())
+    })?;
+    kube.kubectl(["create", "namespace", "plain"])?;
+    kube.apply(&sleeper("orphan", "shop"))?;
+    kube.apply(&sleeper("stranger", "plain"))?;
+    kube.wait_ready("plain", &["stranger"], POD_READY).context("outside the mesh, without an agent")?;
+    until(Duration::from_secs(30), "the orphan says why it does not start", || {
+        let events =
+            kube.kubectl(["get", "events", "-n", "shop", "--field-selector", "involvedObject.name=orphan"])?;
+        Ok(events.contains("belongs to the mesh") && events.contains("weft-system"))
+    })?;
+    let phase = kube.field("shop", "pod/orphan", ".status.phase")?;
+    ensure!(phase == "Pending", "without an agent the orphan is {phase}");
+
+    // The agent comes back, and the pod starts by itself.
+    let everywhere = r#"[{"op":"remove","path":"/spec/template/spec/nodeSelector/weft.dev~1nowhere"}]"#;
+    kube.kubectl(["patch", "-n", "weft-system", "daemonset/weft-agent", "--type=json", "-p", everywhere])?;
+    kube.wait_ready("shop", &["orphan"], Duration::from_secs(120)).context("with the agent back")?;
+    wait_enrolled(&kube, &["web", "client", "orphan"])
+}
+
+/// A pod on `east` that fetches a page once, first thing.
+fn caller(name: &str, namespace: &str, url: &str) -> String {
+    let command = format!("exec wget -q -O - {url}");
+    pod(name, namespace, &command).replace("restartPolicy: Always", "restartPolicy: Never")
+}
+
+/// A pod on `east` that does nothing.
+fn sleeper(name: &str, namespace: &str) -> String {
+    pod(name, namespace, "exec sleep 1000000")
+}
+
+fn pod(name: &str, namespace: &str, command: &str) -> String {
+    format!(
+        r#"
+apiVersion: v1
+kind: Pod
+metadata: {{name: {name}, namespace: {namespace}}}
+spec:
+  nodeName: east
+  restartPolicy: Always
+  terminationGracePeriodSeconds: 1
+  containers:
+  - name: main
+    image: localhost/busybox:test
+    command: [sh, -c, "{command}"]
+"#
+    )
 }
 
 /// A loop of calls from the client's pod, each a new connection.
