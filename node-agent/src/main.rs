@@ -74,15 +74,6 @@ enum Command {
         #[arg(long, env = "WEFT_ADMIN_SOCKET", default_value = config::ADMIN_SOCKET, value_name = "PATH")]
         admin_socket: std::path::PathBuf,
     },
-    /// Take the CNI plugin out of the node's network configuration
-    CniUninstall {
-        /// The node's directory of network configurations
-        #[arg(long, env = "WEFT_CNI_CONF_DIR", default_value = "/etc/cni/net.d", value_name = "DIR")]
-        conf_dir: std::path::PathBuf,
-        /// The node's directory of CNI plugins
-        #[arg(long, env = "WEFT_CNI_BIN_DIR", default_value = "/opt/cni/bin", value_name = "DIR")]
-        bin_dir: std::path::PathBuf,
-    },
     /// Take every pod of this node out of the mesh at once: removes the pinned kernel programs and maps. For a node
     /// whose agent is gone for good; new connections are plain TCP from then on
     BreakGlass(KernelFlags),
@@ -119,9 +110,6 @@ fn main() -> ExitCode {
             return if report.ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
         }
         Some(Command::Ready { admin_socket }) => ready::probe(&admin_socket),
-        Some(Command::CniUninstall { conf_dir, bin_dir }) => {
-            weft_cni::install::Installation { conf_dir, bin_dir }.remove().map_err(Into::into)
-        }
         Some(Command::BreakGlass(flags)) => Kernel::break_glass(&flags.options()).map_err(Into::into),
         None => run(cli.settings),
     };

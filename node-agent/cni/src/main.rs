@@ -8,7 +8,7 @@ mod fallback;
 use std::{
     io::{Read, Write},
     net::IpAddr,
-    path::PathBuf,
+    path::{Path, PathBuf},
     process::ExitCode,
     time::Duration,
 };
@@ -16,10 +16,13 @@ use std::{
 use serde_json::{Value, json};
 use weft_cni::{
     http,
+    install::Installation,
     protocol::{self, AddReply, AddRequest, DelRequest, ErrorReply},
     settings::Settings,
 };
 
+/// Where runtimes look for network configurations.
+const CONF_DIR: &str = "/etc/cni/net.d";
 const VERSIONS: [&str; 5] = ["0.3.1", "0.4.0", "1.0.0", "1.1.0", "0.3.0"];
 /// For the agent to hear of the pod from the controller, and to protect it.
 const ANSWER: Duration = Duration::from_secs(15);
@@ -45,6 +48,35 @@ impl Failure {
 }
 
 fn main() -> ExitCode {
+    let mut arguments = std::env::args().skip(1);
+    match arguments.next().as_deref() {
+        // By a container runtime.
+        None => plugin(),
+        Some("uninstall") => uninstall(arguments.next().unwrap_or_else(|| CONF_DIR.to_owned()).into()),
+        Some(_) => {
+            eprintln!(
+                "weft-cni is called by container runtimes (CNI 1.1.0), without arguments.\n\n\
+                 weft-cni uninstall [DIR]   take it out of the network configurations in DIR ({CONF_DIR}), and remove it"
+            );
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// For the day when no agent keeps the plugin in place any more.
+fn uninstall(conf_dir: PathBuf) -> ExitCode {
+    let own = std::env::current_exe().ok();
+    let bin_dir = own.as_deref().and_then(Path::parent).unwrap_or(Path::new("/opt/cni/bin")).to_owned();
+    match (Installation { conf_dir, bin_dir }).remove() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("weft-cni: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn plugin() -> ExitCode {
     let mut text = String::new();
     let config = match std::io::stdin().take(MAX_CONFIG).read_to_string(&mut text) {
         Ok(_) => serde_json::from_str::<Value>(&text).map_err(|e| Failure::new(UNREADABLE, e.to_string())),

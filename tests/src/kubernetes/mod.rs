@@ -109,17 +109,27 @@ impl KubeCluster {
 
     /// `kubectl apply`.
     pub fn apply(&self, yaml: &str) -> Result<()> {
+        self.feed(&["apply", "-f", "-"], yaml)
+    }
+
+    /// `kubectl delete`; returns when everything is gone.
+    pub fn delete(&self, yaml: &str) -> Result<()> {
+        self.feed(&["delete", "--timeout=60s", "-f", "-"], yaml)
+    }
+
+    fn feed(&self, arguments: &[&str], yaml: &str) -> Result<()> {
+        let what = format!("kubectl {}", arguments[0]);
         let mut child = self
             .plane
-            .kubectl_command(["apply", "-f", "-"])
+            .kubectl_command(arguments)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
-            .context("kubectl apply")?;
+            .context(what.clone())?;
         child.stdin.take().context("its input")?.write_all(yaml.as_bytes())?;
         let output = child.wait_with_output()?;
-        ensure!(output.status.success(), "kubectl apply: {}", String::from_utf8_lossy(&output.stderr));
+        ensure!(output.status.success(), "{what}: {}", String::from_utf8_lossy(&output.stderr));
         Ok(())
     }
 

@@ -196,11 +196,7 @@ fn operations(cluster: Builder) -> Result<()> {
 
     // The label goes, and with it the mesh.
     kube.kubectl(["label", "namespace", "shop", "weft.dev/mesh-"])?;
-    until(Duration::from_secs(30), "no pod is enrolled any more", || {
-        let none =
-            |node: &str| Ok::<_, anyhow::Error>(metrics(&kube, node)?.sum("weft_enrolled_pods", &[]) == 0.0);
-        Ok(none("east")? && none("west")?)
-    })?;
+    wait_unenrolled(&kube)?;
     let before = metrics(&kube, "east")?.sum("weft_tcp_connections_opened_total", &[]);
     fetch(&kube, &url, &page).context("without the label")?;
     let after = metrics(&kube, "east")?.sum("weft_tcp_connections_opened_total", &[]);
@@ -280,7 +276,21 @@ fn birth(cluster: Builder) -> Result<()> {
     let everywhere = r#"[{"op":"remove","path":"/spec/template/spec/nodeSelector/weft.dev~1nowhere"}]"#;
     kube.kubectl(["patch", "-n", "weft-system", "daemonset/weft-agent", "--type=json", "-p", everywhere])?;
     kube.wait_ready("shop", &["orphan"], Duration::from_secs(120)).context("with the agent back")?;
-    wait_enrolled(&kube, &["web", "client", "orphan"])
+    wait_enrolled(&kube, &["web", "client", "orphan"])?;
+
+    // And out again, as the documentation says it: pods start as they did before there was a mesh.
+    kube.kubectl(["label", "namespace", "shop", "weft.dev/mesh-"])?;
+    wait_unenrolled(&kube)?;
+    kube.delete(&manifests()?)?;
+    for node in kube.nodes() {
+        node.run("/opt/cni/bin/weft-cni", &["uninstall"])?;
+        let left =
+            node.run("sh", &["-c", "ls -A /etc/cni/net.d /opt/cni/bin; cat /etc/cni/net.d/*.conflist"])?;
+        ensure!(!left.contains("weft"), "something is left in {}:\n{left}", node.place().name());
+    }
+    kube.apply(&sleeper("afterwards", "shop"))?;
+    kube.wait_ready("shop", &["afterwards"], POD_READY)?;
+    fetch(&kube, &url, &page).context("without a mesh")
 }
 
 /// A pod on `east` that fetches a page once, first thing.
@@ -380,6 +390,24 @@ fn install(kube: &KubeCluster) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// What `weft install` prints.
+fn manifests() -> Result<String> {
+    let output =
+        std::process::Command::new(binary("weft")?).arg("install").output().context("weft install")?;
+    ensure!(output.status.success(), "weft install: {}", String::from_utf8_lossy(&output.stderr));
+    Ok(String::from_utf8(output.stdout)?)
+}
+
+fn wait_unenrolled(kube: &KubeCluster) -> Result<()> {
+    until(Duration::from_secs(30), "no pod is enrolled any more", || {
+        for node in NODES {
+            let enrolled = metrics(kube, node)?.sum("weft_enrolled_pods", &[]);
+            ensure!(enrolled == 0.0, "{enrolled} are on {node}");
+        }
+        Ok(true)
+    })
 }
 
 /// Waits until the agents of both nodes know these pods of `shop` as reachable by tunnel.
