@@ -20,7 +20,7 @@ use tracing::{info, warn};
 use weft_cni::{
     http::ApiServer,
     install::Installation,
-    protocol::{ADD, AddReply, AddRequest, DEL, DelRequest, ErrorReply},
+    protocol::{ADD, AddReply, AddRequest, ErrorReply},
     settings::Settings,
     token,
 };
@@ -36,11 +36,10 @@ const LOOK: Duration = Duration::from_secs(1);
 /// Where a pod finds the credentials of its service account.
 const ACCOUNT: &str = "/var/run/secrets/kubernetes.io/serviceaccount";
 
-/// What the plugin asks of the enroller.
-pub enum Asked {
-    /// Whether the pod belongs to the mesh; if so it is protected when the answer comes.
-    Add(AddRequest, oneshot::Sender<Result<bool, String>>),
-    Del(DelRequest),
+/// What the plugin asks of the enroller: whether the pod belongs to the mesh; if so it is protected when the answer comes.
+pub struct Asked {
+    pub request: AddRequest,
+    pub answer: oneshot::Sender<Result<bool, String>>,
 }
 
 /// Serves the plugin on `socket`. A predecessor's socket is replaced.
@@ -83,7 +82,7 @@ async fn answer(request: Request<Incoming>, asked: &mpsc::Sender<Asked>) -> Resp
                 Err(error) => return malformed(error),
             };
             let (tell, told) = oneshot::channel();
-            if asked.send(Asked::Add(request, tell)).await.is_err() {
+            if asked.send(Asked { request, answer: tell }).await.is_err() {
                 return failed(StatusCode::SERVICE_UNAVAILABLE, "the agent is shutting down".to_owned());
             }
             match told.await {
@@ -92,15 +91,7 @@ async fn answer(request: Request<Incoming>, asked: &mpsc::Sender<Asked>) -> Resp
                 Err(_) => failed(StatusCode::SERVICE_UNAVAILABLE, "the agent is shutting down".to_owned()),
             }
         }
-        (Method::POST, DEL) => match serde_json::from_slice(&body) {
-            Ok(request) => {
-                // Nobody left to tell it to has forgotten the pod already.
-                let _ = asked.send(Asked::Del(request)).await;
-                json(StatusCode::OK, &serde_json::json!({}))
-            }
-            Err(error) => malformed(error),
-        },
-        _ => failed(StatusCode::NOT_FOUND, format!("POST {ADD} or {DEL}")),
+        _ => failed(StatusCode::NOT_FOUND, format!("POST {ADD}")),
     }
 }
 

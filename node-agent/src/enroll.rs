@@ -123,13 +123,10 @@ impl Enroller {
             tokio::select! {
                 changed = self.snapshots.changed() => if changed.is_err() { return },
                 Some(pod) = idle.recv() => self.remove_routes(pod, &pods).await,
-                Some(asked) = self.asked.recv() => match asked {
-                    Asked::Add(request, answer) => {
-                        let deadline = Instant::now() + ANNOUNCED_TIMEOUT;
-                        pods.announced.push(Announced { request, answer, deadline });
-                    }
-                    Asked::Del(request) => self.forget_prepared(&request.pod_uid, &mut pods).await,
-                },
+                Some(Asked { request, answer }) = self.asked.recv() => {
+                    let deadline = Instant::now() + ANNOUNCED_TIMEOUT;
+                    pods.announced.push(Announced { request, answer, deadline });
+                }
                 _ = draining.changed() => {}
                 () = tokio::time::sleep_until(wake) => {}
             }
@@ -181,11 +178,14 @@ impl Enroller {
             // A plugin that gave up is asked for the pod again.
             let _ = answer.send(outcome);
         }
-        let unwanted = |uid: &&String| {
-            let wanted = |l: &LocalPod| l.enroll && matches!(&l.netns, NetnsHint::PodUid(own) if own == *uid);
-            snapshot.synced && !snapshot.local.values().any(wanted)
+        // A pod that was deleted may still start: it stays captured as long as its network is there.
+        let unwanted = |(uid, pod): &(&String, &weft_kernel::Pod)| {
+            let unlabelled =
+                |l: &LocalPod| !l.enroll && matches!(&l.netns, NetnsHint::PodUid(own) if own == *uid);
+            !pod.netns().alive() || (snapshot.synced && snapshot.local.values().any(unlabelled))
         };
-        for uid in pods.prepared.keys().filter(unwanted).cloned().collect::<Vec<_>>() {
+        let unwanted: Vec<_> = pods.prepared.iter().filter(unwanted).map(|(uid, _)| uid.clone()).collect();
+        for uid in unwanted {
             self.forget_prepared(&uid, pods).await;
         }
     }
@@ -193,12 +193,18 @@ impl Enroller {
     /// Captures a pod whose processes have not started. On hold it sends nothing.
     async fn prepare(&self, request: &AddRequest, pods: &mut Pods) -> Result<(), String> {
         let (path, addresses) = (PathBuf::from(&request.netns), request.addresses.clone());
+        let enrolled: HashSet<u64> = pods.enrolled.values().map(|p| p.kernel.cookie()).collect();
         let prepared = self.blocking(move |kernel| {
             let netns = owner_of(&addresses, &[path])?;
-            kernel.enroll(netns, PodAddresses::from_ips(addresses)).map_err(|e| e.to_string())
+            // Asked again about a pod that is served: another listener would take its connections from the workers.
+            if enrolled.contains(&netns.cookie()) {
+                return Ok(None);
+            }
+            kernel.enroll(netns, PodAddresses::from_ips(addresses)).map(Some).map_err(|e| e.to_string())
         });
-        let prepared = prepared.await?;
-        pods.prepared.insert(request.pod_uid.clone(), prepared);
+        if let Some(prepared) = prepared.await? {
+            pods.prepared.insert(request.pod_uid.clone(), prepared);
+        }
         Ok(())
     }
 
@@ -525,12 +531,14 @@ fn candidates(hint: &NetnsHint, located: &HashMap<String, Vec<PathBuf>>) -> Vec<
     }
 }
 
-/// Whether the controller still means the same pod: same account, same addresses, and not made anew under its name.
+/// Whether the controller still means the same pod: same account, same addresses, and not made anew under its name. A
+/// pod of a cluster whose workload is withdrawn may still run, and then must not talk in the clear to the last.
 fn same_pod(pod: &PodHandle, local: &LocalPod, workload: Option<&Arc<Workload>>) -> bool {
     let anew = matches!((&pod.hint, &local.netns), (NetnsHint::PodUid(a), NetnsHint::PodUid(b)) if a != b);
     let same =
         |w: &Arc<Workload>| w.identity == pod.workload.identity && w.addresses == pod.workload.addresses;
-    !anew && workload.is_some_and(same)
+    let withdrawn = matches!(local.netns, NetnsHint::PodUid(_));
+    !anew && workload.map_or(withdrawn, same)
 }
 
 /// Whether the namespace that was enrolled is still the pod's: under its path, or with a process in it.

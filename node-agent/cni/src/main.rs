@@ -17,7 +17,7 @@ use serde_json::{Value, json};
 use weft_cni::{
     http,
     install::Installation,
-    protocol::{self, AddReply, AddRequest, DelRequest, ErrorReply},
+    protocol::{self, AddReply, AddRequest, ErrorReply},
     settings::Settings,
 };
 
@@ -106,12 +106,9 @@ fn run(config: &Value) -> Result<Option<Value>, Failure> {
             Ok(Some(json!({"cniVersion": version, "supportedVersions": VERSIONS})))
         }
         "ADD" => add(config, &variable("CNI_ARGS"), &variable("CNI_NETNS")).map(Some),
-        "DEL" => {
-            forget(config, &variable("CNI_ARGS"));
-            Ok(None)
-        }
-        // What the agent protects it looks after itself; a node without agent is still good for pods outside the mesh.
-        "CHECK" | "GC" | "STATUS" => Ok(None),
+        // What the agent protects it looks after itself, until the pod's network is gone; a node without agent is still good
+        // for pods outside the mesh.
+        "DEL" | "CHECK" | "GC" | "STATUS" => Ok(None),
         other => Err(Failure::new(INVALID_ENVIRONMENT, format!("CNI_COMMAND is {other:?}"))),
     }
 }
@@ -188,13 +185,4 @@ fn ask(settings: &Settings, path: &str, request: &impl serde::Serialize) -> Resu
         ));
     }
     serde_json::from_slice(&answer.body).map_err(|error| format!("the agent's answer: {error}"))
-}
-
-/// Tells the agent that the pod goes. Whatever fails here, the pod must be able to end.
-fn forget(config: &Value, arguments: &str) {
-    if let (Some(pod_uid), Ok(settings)) = (argument(arguments, "K8S_POD_UID"), settings(config)) {
-        let request = DelRequest { pod_uid: pod_uid.to_owned() };
-        let body = serde_json::to_vec(&request).unwrap_or_default();
-        let _ = http::over_socket(&settings.socket, protocol::DEL, &body, Duration::from_secs(2));
-    }
 }

@@ -6,8 +6,6 @@ use serde::{Deserialize, Serialize};
 
 /// POST an [`AddRequest`]; 200 with an [`AddReply`], or another status with an [`ErrorReply`].
 pub const ADD: &str = "/v1/add";
-/// POST a [`DelRequest`]; 200 with an empty object.
-pub const DEL: &str = "/v1/del";
 
 /// A pod whose network is made and whose processes have not started.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -26,12 +24,6 @@ pub struct AddRequest {
 pub struct AddReply {
     /// Whether the pod belongs to the mesh, and is protected now.
     pub enrolled: bool,
-}
-
-/// A pod whose network is about to go.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct DelRequest {
-    pub pod_uid: String,
 }
 
 /// Why the agent cannot say, for a person to act on.

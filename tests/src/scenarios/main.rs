@@ -2,6 +2,7 @@
 #![allow(clippy::disallowed_methods, reason = "no async runtime runs on the threads of the scenarios")]
 
 mod bed;
+mod cni;
 mod escape;
 mod failure;
 mod identity;
@@ -42,6 +43,7 @@ struct Arguments {
 fn all() -> Vec<Scenario> {
     [
         bed::SCENARIOS,
+        cni::SCENARIOS,
         traffic::SCENARIOS,
         streams::SCENARIOS,
         escape::SCENARIOS,
