@@ -4,19 +4,17 @@
 //! One task owns all of it. A pod goes Hold -> Published -> Leaving -> Gone ([`Phase`]); the workers only read the phase.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
-    net::IpAddr,
+    collections::{BTreeMap, BTreeSet, HashSet},
     path::PathBuf,
     sync::{Arc, Weak},
     time::Duration,
 };
 
 use tokio::{
-    sync::{mpsc, oneshot, watch},
+    sync::{mpsc, watch},
     time::Instant,
 };
 use tracing::{info, warn};
-use weft_cni::protocol::AddRequest;
 use weft_core::{SpiffeId, Tunnel, Workload};
 use weft_kernel::{Kernel, Netns, PodAddresses, locate};
 use weft_proto::node::{EnrollmentFailure, EnrollmentReport};
@@ -26,7 +24,9 @@ use crate::{
     controller::Controller,
     convert::{LocalPod, NetnsHint},
     metrics::Metrics,
+    place::{candidates, locate_all, owner_of},
     pod::{Phase, PodHandle},
+    prepare::Prepared,
     state::Snapshot,
     worker::Workers,
 };
@@ -35,8 +35,6 @@ use crate::{
 const LEAVING_GRACE: Duration = Duration::from_secs(2);
 /// How often namespaces are looked at again: one may have been replaced under the same path.
 const RECHECK: Duration = Duration::from_secs(5);
-/// How long the controller may take to name a pod that the CNI plugin announced.
-const ANNOUNCED_TIMEOUT: Duration = Duration::from_secs(10);
 const FIRST_RETRY: Duration = Duration::from_millis(250);
 const LAST_RETRY: Duration = Duration::from_secs(30);
 
@@ -77,13 +75,6 @@ pub struct Enroller {
     pub asked: mpsc::Receiver<Asked>,
 }
 
-/// A pod that the CNI plugin announced and the controller has not named yet.
-struct Announced {
-    request: AddRequest,
-    answer: oneshot::Sender<Result<bool, String>>,
-    deadline: Instant,
-}
-
 /// The task's own state.
 #[derive(Default)]
 struct Pods {
@@ -92,10 +83,7 @@ struct Pods {
     all: Vec<Weak<PodHandle>>,
     leaving: BTreeMap<Arc<str>, Instant>,
     failures: BTreeMap<Arc<str>, Failure>,
-    announced: Vec<Announced>,
-    /// Protected before they started, by pod UID: nobody serves them until the controller knows their addresses, which it
-    /// learns when they have started.
-    prepared: BTreeMap<String, weft_kernel::Pod>,
+    prepared: Prepared,
     /// When namespaces were last compared with what is enrolled.
     checked: Option<Instant>,
     stale_removed: bool,
@@ -116,17 +104,15 @@ impl Enroller {
             if snapshot.synced {
                 self.reconcile(&snapshot, &mut pods, &idle_tx).await;
             }
-            self.answer_announced(&snapshot, &mut pods).await;
+            let served = pods.enrolled.values().map(|p| p.kernel.cookie()).collect();
+            pods.prepared.answer(&self, &snapshot, served).await;
             let due = pods.failures.values().map(|f| f.next).chain(pods.leaving.values().copied());
-            let due = due.chain(pods.announced.iter().map(|a| a.deadline)).min();
+            let due = due.chain(pods.prepared.deadline()).min();
             let wake = due.unwrap_or_else(far).min(Instant::now() + RECHECK);
             tokio::select! {
                 changed = self.snapshots.changed() => if changed.is_err() { return },
                 Some(pod) = idle.recv() => self.remove_routes(pod, &pods).await,
-                Some(Asked { request, answer }) = self.asked.recv() => {
-                    let deadline = Instant::now() + ANNOUNCED_TIMEOUT;
-                    pods.announced.push(Announced { request, answer, deadline });
-                }
+                Some(asked) = self.asked.recv() => pods.prepared.announce(asked),
                 _ = draining.changed() => {}
                 () = tokio::time::sleep_until(wake) => {}
             }
@@ -150,69 +136,6 @@ impl Enroller {
             }
         }
         self.tell(snapshot, pods);
-    }
-
-    /// Answers the CNI plugin about the pods that the controller has named by now, after protecting those that belong to
-    /// the mesh.
-    async fn answer_announced(&self, snapshot: &Snapshot, pods: &mut Pods) {
-        for Announced { request, answer, deadline } in std::mem::take(&mut pods.announced) {
-            let named =
-                |local: &&LocalPod| matches!(&local.netns, NetnsHint::PodUid(uid) if *uid == request.pod_uid);
-            let local = snapshot.local.values().find(named).filter(|_| snapshot.synced);
-            let outcome = match local {
-                Some(local) if !local.enroll => Ok(false),
-                Some(_) => self.prepare(&request, pods).await.map(|()| true),
-                None if deadline <= Instant::now() => {
-                    Err(format!("the controller has not told this node of the pod {} in time", request.pod))
-                }
-                None => {
-                    pods.announced.push(Announced { request, answer, deadline });
-                    continue;
-                }
-            };
-            match &outcome {
-                Ok(true) => info!(pod = request.pod, "protected before it starts"),
-                Ok(false) => {}
-                Err(error) => warn!(pod = request.pod, error, "not protected, so it is not started"),
-            }
-            // A plugin that gave up is asked for the pod again.
-            let _ = answer.send(outcome);
-        }
-        // A pod that was deleted may still start: it stays captured as long as its network is there.
-        let unwanted = |(uid, pod): &(&String, &weft_kernel::Pod)| {
-            let unlabelled =
-                |l: &LocalPod| !l.enroll && matches!(&l.netns, NetnsHint::PodUid(own) if own == *uid);
-            !pod.netns().alive() || (snapshot.synced && snapshot.local.values().any(unlabelled))
-        };
-        let unwanted: Vec<_> = pods.prepared.iter().filter(unwanted).map(|(uid, _)| uid.clone()).collect();
-        for uid in unwanted {
-            self.forget_prepared(&uid, pods).await;
-        }
-    }
-
-    /// Captures a pod whose processes have not started. On hold it sends nothing.
-    async fn prepare(&self, request: &AddRequest, pods: &mut Pods) -> Result<(), String> {
-        let (path, addresses) = (PathBuf::from(&request.netns), request.addresses.clone());
-        let enrolled: HashSet<u64> = pods.enrolled.values().map(|p| p.kernel.cookie()).collect();
-        let prepared = self.blocking(move |kernel| {
-            let netns = owner_of(&addresses, &[path])?;
-            // Asked again about a pod that is served: another listener would take its connections from the workers.
-            if enrolled.contains(&netns.cookie()) {
-                return Ok(None);
-            }
-            kernel.enroll(netns, PodAddresses::from_ips(addresses)).map(Some).map_err(|e| e.to_string())
-        });
-        if let Some(prepared) = prepared.await? {
-            pods.prepared.insert(request.pod_uid.clone(), prepared);
-        }
-        Ok(())
-    }
-
-    async fn forget_prepared(&self, pod_uid: &str, pods: &mut Pods) {
-        let Some(pod) = pods.prepared.remove(pod_uid) else { return };
-        if let Err(error) = self.blocking(move |_| pod.stop_capture()).await {
-            warn!(pod_uid, %error, "removing a pod that was never started");
-        }
     }
 
     /// Frees pods that lost their label, and forgets those that ceased to exist, while no agent was there.
@@ -342,7 +265,7 @@ impl Enroller {
         let located = self.blocking(move |_| locate_all(hints.iter())).await;
         for (uid, local) in due {
             let result = match snapshot.mesh.workload(uid) {
-                Some(workload) => match take_prepared(&local.netns, workload, pods) {
+                Some(workload) => match pods.prepared.take(&local.netns, workload) {
                     Some(prepared) => self.begin(workload.clone(), local.netns.clone(), prepared),
                     None => {
                         let paths = candidates(&local.netns, &located);
@@ -463,7 +386,7 @@ impl Enroller {
     }
 
     /// Kernel work enters namespaces and talks netlink: not on the runtime's thread.
-    async fn blocking<T: Send + 'static>(&self, work: impl FnOnce(&Kernel) -> T + Send + 'static) -> T {
+    pub async fn blocking<T: Send + 'static>(&self, work: impl FnOnce(&Kernel) -> T + Send + 'static) -> T {
         let kernel = self.kernel.clone();
         match tokio::task::spawn_blocking(move || work(&kernel)).await {
             Ok(result) => result,
@@ -486,48 +409,6 @@ async fn drain(pods: Vec<Weak<PodHandle>>) {
         if let Some(pod) = pod.upgrade() {
             pod.until_idle().await;
         }
-    }
-}
-
-/// What the CNI plugin had protected, if it has the addresses by which the controller knows the pod.
-fn take_prepared(hint: &NetnsHint, workload: &Workload, pods: &mut Pods) -> Option<weft_kernel::Pod> {
-    let NetnsHint::PodUid(uid) = hint else { return None };
-    let prepared = pods.prepared.remove(uid)?;
-    workload.addresses.iter().all(|ip| prepared.addresses().contains(*ip)).then_some(prepared)
-}
-
-/// The one of `paths` that has every address of a pod: any other namespace is somebody else's.
-fn owner_of(addresses: &[IpAddr], paths: &[PathBuf]) -> Result<Netns, String> {
-    let mut why = String::new();
-    for path in paths {
-        let opened = Netns::open(path).and_then(|netns| Ok((netns.addresses()?, netns)));
-        why = match opened {
-            Ok((owned, netns)) => match addresses.iter().find(|a| !owned.contains(a)) {
-                None => return Ok(netns),
-                Some(missing) => format!("{} does not have the pod's address {missing}", path.display()),
-            },
-            Err(error) => error.to_string(),
-        };
-    }
-    Err(why)
-}
-
-/// Where processes of these pods run, for those that have to be searched for.
-fn locate_all<'a>(hints: impl Iterator<Item = &'a NetnsHint>) -> HashMap<String, Vec<PathBuf>> {
-    let uid = |hint: &NetnsHint| match hint {
-        NetnsHint::PodUid(uid) => Some(uid.clone()),
-        _ => None,
-    };
-    let uids: HashSet<_> = hints.filter_map(uid).collect();
-    if uids.is_empty() { HashMap::new() } else { locate::netns_of(&uids) }
-}
-
-/// Paths that may lead to the pod's network namespace.
-fn candidates(hint: &NetnsHint, located: &HashMap<String, Vec<PathBuf>>) -> Vec<PathBuf> {
-    match hint {
-        NetnsHint::Path(path) => vec![path.clone()],
-        NetnsHint::PodUid(uid) => located.get(uid).cloned().unwrap_or_default(),
-        NetnsHint::Unknown => Vec::new(),
     }
 }
 

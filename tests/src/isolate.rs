@@ -44,7 +44,12 @@ fn outer(inner: impl FnOnce() -> u8) -> Result<u8> {
     unshare(CloneFlags::CLONE_NEWPID).context("unshare(CLONE_NEWPID): is CAP_SYS_ADMIN missing?")?;
     // SAFETY: the process has one thread, so the child may go on as any program would.
     match unsafe { fork() }.context("fork")? {
-        ForkResult::Parent { child } => supervise(child),
+        ForkResult::Parent { child } => {
+            crate::kubernetes::cgroup::sweep();
+            let code = supervise(child);
+            crate::kubernetes::cgroup::sweep();
+            code
+        }
         ForkResult::Child => {
             let code = match init(inner) {
                 Ok(code) => code,

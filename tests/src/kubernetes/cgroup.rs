@@ -1,6 +1,6 @@
 //! The cgroups of a node: one directory in every hierarchy, which the node sees as the root. They are the only thing of a
-//! cluster that the end of the bed's namespaces does not remove, so they carry the bed's process id, and the next run
-//! sweeps those whose bed is gone.
+//! cluster that the end of the bed's namespaces does not remove, so they carry the bed's process id, and whoever started
+//! the bed sweeps those whose bed is gone.
 
 use std::ffi::{CStr, CString};
 use std::os::unix::ffi::OsStrExt as _;
@@ -24,8 +24,7 @@ impl NodeCgroups {
     pub fn create(node: &str) -> Result<NodeCgroups> {
         let mut directories = Vec::new();
         for own in own_directories()? {
-            sweep(&own);
-            let directory = own.join(format!("{PREFIX}{}{node}", crate::isolate::host_pid()));
+            let directory = own.join(format!("{PREFIX}{}-{node}", crate::isolate::host_pid()));
             std::fs::create_dir(&directory).with_context(|| directory.display().to_string())?;
             // Empty ones admit no process.
             for file in ["cpuset.cpus", "cpuset.mems"] {
@@ -107,18 +106,49 @@ fn mount_of(mountinfo: &str, controllers: &str) -> Option<PathBuf> {
     })
 }
 
-/// Removes what beds that were killed have left.
-fn sweep(own: &Path) {
-    for entry in std::fs::read_dir(own).into_iter().flatten().flatten() {
-        let name = entry.file_name().to_string_lossy().into_owned();
-        let Some(rest) = name.strip_prefix(PREFIX) else { continue };
-        let pid: String = rest.chars().take_while(char::is_ascii_digit).collect();
-        // The machine's own list of processes is not to be seen from inside the bed; a directory that is in use cannot
-        // be removed anyway.
-        if pid != crate::isolate::host_pid().to_string() {
-            remove_tree(&entry.path());
+/// Removes what beds have left that ended without removing it themselves. To be called outside of the bed that is
+/// about to start, or has ended.
+pub(crate) fn sweep() {
+    let own = own_directories().unwrap_or_default();
+    let mut names: Vec<_> = own
+        .iter()
+        .filter_map(|directory| std::fs::read_dir(directory).ok())
+        .flat_map(|entries| entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned()))
+        .filter(|name| name.starts_with(PREFIX))
+        .collect();
+    names.sort();
+    names.dedup();
+    for name in names {
+        let directories: Vec<_> = own.iter().map(|directory| directory.join(&name)).collect();
+        if !is_starting(&name) && !directories.iter().any(|directory| is_populated(directory)) {
+            for directory in directories {
+                remove_tree(&directory);
+            }
         }
     }
+}
+
+/// Whether a process lives in it or below. Only cgroup2 says so for processes of any PID namespace, which counts where a
+/// bed is started within another; that the others cannot be removed while in use would not spare the empty ones in them.
+fn is_populated(directory: &Path) -> bool {
+    std::fs::read_to_string(directory.join("cgroup.events")).is_ok_and(|events| says_populated(&events))
+}
+
+fn says_populated(events: &str) -> bool {
+    events.lines().any(|line| line == "populated 1")
+}
+
+/// Whether its bed runs, by the process id in its name: a node that is just being made has no process yet. One that has
+/// ended and that nobody waited for, as under an init that reaps late, does not run.
+fn is_starting(name: &str) -> bool {
+    let bed = name.strip_prefix(PREFIX).and_then(|rest| rest.split('-').next());
+    let stat = bed.and_then(|pid| std::fs::read_to_string(Path::new("/proc").join(pid).join("stat")).ok());
+    stat.is_some_and(|stat| runs(&stat))
+}
+
+/// Whether the process of that /proc/PID/stat has not ended. The state follows the name, which may hold anything.
+fn runs(stat: &str) -> bool {
+    stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
 }
 
 /// Removes a directory with those below it; false while a process is in one.
@@ -152,5 +182,51 @@ mod tests {
         ] {
             assert_eq!(mount_of(mounts, controllers), expected.map(PathBuf::from), "{controllers}");
         }
+    }
+    #[test]
+    fn an_ended_process_does_not_run() {
+        for (stat, expected) in [
+            ("7 (scenarios) S 1 7 7 0", true),
+            ("7 (a) Z) R 1 7 7 0", true),
+            ("7 (scenarios) Z 1 7 7 0", false),
+            ("7 (scenarios) X 1 7 7 0", false),
+            ("", false),
+        ] {
+            assert_eq!(runs(stat), expected, "{stat:?}");
+        }
+    }
+
+    #[test]
+    #[allow(clippy::disallowed_methods, reason = "no async runtime runs here")]
+    fn only_what_nobody_uses_is_swept() {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("not run: making cgroups takes root");
+            return;
+        }
+        let name = format!("test-{}", std::process::id());
+        // Outside of a bed: of no bed that runs.
+        let cgroups = NodeCgroups::create(&name).unwrap();
+        let empty: Vec<_> = cgroups.0.iter().map(|directory| directory.join("empty")).collect();
+        for directory in &empty {
+            std::fs::create_dir(directory).unwrap();
+        }
+        let mut command = Command::new("sleep");
+        command.arg("60");
+        cgroups.enter_before(&mut command);
+        let mut process = command.spawn().unwrap();
+        sweep();
+        let kept = empty.iter().filter(|directory| directory.exists()).count();
+        process.kill().unwrap();
+        // Not waited for yet: a process that has ended keeps nothing.
+        let start = Instant::now();
+        while cgroups.0.iter().any(|directory| directory.exists()) && start.elapsed() < Duration::from_secs(5)
+        {
+            sweep();
+            pause(Duration::from_millis(10));
+        }
+        let left: Vec<_> = cgroups.0.iter().filter(|directory| directory.exists()).collect();
+        process.wait().unwrap();
+        assert_eq!(kept, empty.len(), "a node's empty cgroups were swept under it");
+        assert!(left.is_empty(), "left: {left:?}");
     }
 }

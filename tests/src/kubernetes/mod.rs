@@ -4,7 +4,7 @@
 //! The programs are one binary, built by `cargo xtask` from the Go module in `tests/kubernetes/hyperkube`; images are what
 //! it leaves in `target/test-images`.
 
-mod cgroup;
+pub(crate) mod cgroup;
 mod control_plane;
 mod node;
 mod pki;

@@ -70,7 +70,7 @@ impl KubeNode {
             let file = image.file_name().with_context(|| image.display().to_string())?;
             std::fs::copy(image, own.join(file)).with_context(|| image.display().to_string())?;
         }
-        let cgroups = NodeCgroups::create(&dir.to_string_lossy().replace('/', "-"))?;
+        let cgroups = NodeCgroups::create(&dir.to_string_lossy().trim_matches('/').replace('/', "-"))?;
         let node =
             KubeNode { init: Mutex::default(), place: place.clone(), programs: programs.to_owned(), cgroups };
         node.boot()?;
