@@ -183,6 +183,7 @@ mod tests {
             assert_eq!(mount_of(mounts, controllers), expected.map(PathBuf::from), "{controllers}");
         }
     }
+
     #[test]
     fn an_ended_process_does_not_run() {
         for (stat, expected) in [
@@ -197,7 +198,7 @@ mod tests {
     }
 
     #[test]
-    #[allow(clippy::disallowed_methods, reason = "no async runtime runs here")]
+    #[allow(clippy::disallowed_methods, clippy::unwrap_used, reason = "a test; no async runtime runs here")]
     fn only_what_nobody_uses_is_swept() {
         if !nix::unistd::geteuid().is_root() {
             eprintln!("not run: making cgroups takes root");
