@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::PLUGIN;
+use crate::{PLUGIN, VERSIONS};
 
 /// Why a configuration cannot be changed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -14,11 +14,17 @@ pub enum ConflistError {
     Json(String),
     #[error("is no list of plugins; only .conflist files can be chained")]
     NoList,
+    #[error("has cniVersion {0}, with which plugins cannot be chained; 0.3.1 to 1.1.0 can")]
+    Version(String),
 }
 
 /// The list with our plugin last, or None where it is there already, just so.
 pub fn insert(text: &str, settings: &Path) -> Result<Option<String>, ConflistError> {
     let mut list = parse(text)?;
+    // Every pod of the node would fail, those outside the mesh too.
+    if let Some(version) = list["cniVersion"].as_str().filter(|v| !v.is_empty() && !VERSIONS.contains(v)) {
+        return Err(ConflistError::Version(version.to_owned()));
+    }
     let ours = json!({"type": PLUGIN, "settings": settings});
     let plugins = plugins(&mut list)?;
     if plugins.last() == Some(&ours) && plugins.iter().filter(|plugin| is_ours(plugin)).count() == 1 {
@@ -85,6 +91,17 @@ mod tests {
         let plugins = again["plugins"].as_array().unwrap();
         assert_eq!(plugins.len(), 4);
         assert_eq!(plugins[3], json!({"type": "weft-cni", "settings": "/new"}));
+    }
+
+    #[test]
+    fn a_list_that_cannot_chain_is_refused() {
+        for (version, goes_in) in
+            [("0.2.0", false), ("1.2.0", false), ("0.3.1", true), ("1.1.0", true), ("", true)]
+        {
+            let mut list: Value = serde_json::from_str(LIST).unwrap();
+            list["cniVersion"] = json!(version);
+            assert_eq!(insert(&list.to_string(), Path::new("/s")).is_ok(), goes_in, "{version:?}");
+        }
     }
 
     #[test]

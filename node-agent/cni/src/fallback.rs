@@ -9,6 +9,9 @@ use weft_cni::{
 
 const HELP: &str = "see `kubectl -n weft-system get pods -o wide` for this node's agent; the pod starts by itself when it is back";
 
+/// On the mirror of a static pod: the UID by which the node, and so the runtime, knows the pod.
+const MIRROR: &str = "kubernetes.io/config.mirror";
+
 /// Ok where the pod may start without the agent.
 pub fn decide(settings: &Settings, namespace: &str, name: &str, uid: &str, why: &str) -> Result<(), String> {
     if settings.excluded_namespaces.iter().any(|excluded| excluded == namespace) {
@@ -26,7 +29,8 @@ pub fn decide(settings: &Settings, namespace: &str, name: &str, uid: &str, why: 
 /// Whether labels want the pod in the mesh.
 fn wanted(settings: &Settings, namespace: &str, name: &str, uid: &str) -> Result<bool, String> {
     let pod: Pod = get(settings, &format!("/api/v1/namespaces/{namespace}/pods/{name}"))?;
-    if pod.metadata.uid.as_deref() != Some(uid) {
+    let mirrored = pod.metadata.annotations.get(MIRROR).map(String::as_str);
+    if pod.metadata.uid.as_deref() != Some(uid) && mirrored != Some(uid) {
         return Err(format!("the pod {name} is another one by now"));
     }
     let namespace: Namespace = get(settings, &format!("/api/v1/namespaces/{namespace}"))?;

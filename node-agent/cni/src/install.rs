@@ -3,9 +3,9 @@
 //! what a container runtime notices.
 
 use std::{
-    fs::{self, OpenOptions},
+    fs::{self, OpenOptions, Permissions},
     io::{self, Write},
-    os::unix::fs::OpenOptionsExt,
+    os::unix::fs::{OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
 };
 
@@ -58,7 +58,7 @@ impl Installation {
         let text = fs::read_to_string(&path).map_err(at(&path))?;
         let conflist = |source| InstallError::Conflist { path: path.clone(), source };
         match conflist::insert(&text, &self.conf_dir.join(settings::FILE)).map_err(conflist)? {
-            Some(text) => write(&path, text.as_bytes(), 0o644).map(|()| true),
+            Some(text) => rewrite(&path, &text).map(|()| true),
             None => Ok(false),
         }
     }
@@ -69,7 +69,7 @@ impl Installation {
             let Ok(text) = fs::read_to_string(&path) else { continue };
             // What is no list has never had us in it.
             if let Ok(Some(text)) = conflist::remove(&text) {
-                write(&path, text.as_bytes(), 0o644)?;
+                rewrite(&path, &text)?;
             }
         }
         let settings = self.conf_dir.join(settings::FILE);
@@ -80,18 +80,17 @@ impl Installation {
         absent_is_fine(fs::remove_dir(dir)).map_err(at(dir))
     }
 
-    /// The configuration that a runtime picks: the first by name.
+    /// The configuration that a runtime picks: the first by name, whatever its first character (see ConfFiles in libcni).
     fn network(&self) -> Result<PathBuf, InstallError> {
         self.networks()?.into_iter().next().ok_or_else(|| InstallError::NoNetwork(self.conf_dir.clone()))
     }
 
     fn networks(&self) -> Result<Vec<PathBuf>, InstallError> {
         let entries = fs::read_dir(&self.conf_dir).map_err(at(&self.conf_dir))?;
-        let is_network = |path: &PathBuf| {
-            let hidden = path.file_name().is_none_or(|name| name.as_encoded_bytes().starts_with(b"."));
-            !hidden && path.extension().is_some_and(|e| e == "conf" || e == "conflist" || e == "json")
-        };
-        let mut found: Vec<_> = entries.flatten().map(|entry| entry.path()).filter(is_network).collect();
+        let is_network =
+            |path: &PathBuf| path.extension().is_some_and(|e| e == "conf" || e == "conflist" || e == "json");
+        let files = entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| !kind.is_dir()));
+        let mut found: Vec<_> = files.map(|entry| entry.path()).filter(is_network).collect();
         found.sort();
         Ok(found)
     }
@@ -109,13 +108,21 @@ fn absent_is_fine(result: io::Result<()>) -> io::Result<()> {
     }
 }
 
+/// A file of another component, which may not want everybody to read it.
+fn rewrite(path: &Path, text: &str) -> Result<(), InstallError> {
+    let mode = fs::metadata(path).map_err(at(path))?.permissions().mode();
+    write(path, text.as_bytes(), mode & 0o7777)
+}
+
 fn write(to: &Path, content: &[u8], mode: u32) -> Result<(), InstallError> {
     let name = to.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
-    // A dot first: a runtime that looks at this moment passes it over.
+    // The runtime passes it over for its ending.
     let beside = to.with_file_name(format!(".{name}.weft-{}", std::process::id()));
     let put = || {
         absent_is_fine(fs::remove_file(&beside))?;
         let mut file = OpenOptions::new().write(true).create_new(true).mode(mode).open(&beside)?;
+        // Whatever the umask.
+        file.set_permissions(Permissions::from_mode(mode))?;
         file.write_all(content)?;
         file.sync_all()?;
         fs::rename(&beside, to)
@@ -125,8 +132,6 @@ fn write(to: &Path, content: &[u8], mode: u32) -> Result<(), InstallError> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt;
-
     use super::*;
 
     #[test]
@@ -142,7 +147,10 @@ mod tests {
         let (first, second) = (node.conf_dir.join("10-a.conflist"), node.conf_dir.join("20-b.conflist"));
         fs::write(&first, list).unwrap();
         fs::write(&second, list).unwrap();
-        fs::write(node.conf_dir.join(".00-half.conflist"), "half").unwrap();
+        fs::set_permissions(&first, Permissions::from_mode(0o600)).unwrap();
+        // None of these is a configuration, for a runtime.
+        fs::write(node.conf_dir.join("00-half.conflist.tmp"), "half").unwrap();
+        fs::create_dir(node.conf_dir.join("00-directory.conf")).unwrap();
 
         let program = dir.path().join("program");
         fs::write(&program, "the plugin").unwrap();
@@ -155,6 +163,7 @@ mod tests {
         let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
         assert_eq!(mode(&node.conf_dir.join(settings::FILE)), 0o600);
         assert_eq!(mode(&node.bin_dir.join(PLUGIN)), 0o755);
+        assert_eq!(mode(&first), 0o600, "as it was");
 
         // Another component writes its configuration anew.
         fs::write(&first, list).unwrap();
@@ -164,5 +173,19 @@ mod tests {
         assert_eq!(fs::read_to_string(&first).unwrap(), list);
         assert_eq!(fs::read_dir(&node.bin_dir).unwrap().count(), 0);
         assert!(!node.conf_dir.join("weft.d").exists());
+        assert_eq!(mode(&first), 0o600, "still as it was");
+    }
+
+    #[test]
+    fn the_runtime_picks_the_first_by_name_and_so_do_we() {
+        let dir = tempfile::tempdir().unwrap();
+        let node = Installation { conf_dir: dir.path().to_owned(), bin_dir: dir.path().to_owned() };
+        for name in ["20.conflist", "10.conf", "10.conflist", ".hidden.conflist"] {
+            fs::write(dir.path().join(name), "").unwrap();
+        }
+        for name in [".hidden.conflist", "10.conf", "10.conflist", "20.conflist"] {
+            assert_eq!(node.network().unwrap(), dir.path().join(name));
+            fs::remove_file(dir.path().join(name)).unwrap();
+        }
     }
 }

@@ -16,3 +16,5 @@ pub mod token;
 
 /// The plugin's name, in network configurations and as a file.
 pub const PLUGIN: &str = "weft-cni";
+/// The versions of the CNI specification that the plugin speaks. Before them plugins were not chained.
+pub const VERSIONS: [&str; 5] = ["0.3.0", "0.3.1", "0.4.0", "1.0.0", "1.1.0"];

@@ -15,7 +15,7 @@ use std::{
 
 use serde_json::{Value, json};
 use weft_cni::{
-    http,
+    VERSIONS, http,
     install::Installation,
     protocol::{self, AddReply, AddRequest, ErrorReply},
     settings::Settings,
@@ -23,7 +23,6 @@ use weft_cni::{
 
 /// Where runtimes look for network configurations.
 const CONF_DIR: &str = "/etc/cni/net.d";
-const VERSIONS: [&str; 5] = ["0.3.1", "0.4.0", "1.0.0", "1.1.0", "0.3.0"];
 /// For the agent to hear of the pod from the controller, and to protect it.
 const ANSWER: Duration = Duration::from_secs(15);
 const MAX_CONFIG: u64 = 1 << 20;
@@ -36,6 +35,7 @@ struct Failure {
 }
 
 /// Section "Error": the codes used here.
+const INCOMPATIBLE_VERSION: u32 = 1;
 const INVALID_ENVIRONMENT: u32 = 4;
 const UNREADABLE: u32 = 6;
 const INVALID_CONFIG: u32 = 7;
@@ -105,11 +105,31 @@ fn run(config: &Value) -> Result<Option<Value>, Failure> {
             let version = config["cniVersion"].as_str().unwrap_or("1.1.0");
             Ok(Some(json!({"cniVersion": version, "supportedVersions": VERSIONS})))
         }
-        "ADD" => add(config, &variable("CNI_ARGS"), &variable("CNI_NETNS")).map(Some),
+        "ADD" => {
+            speaks(config)?;
+            let needed = ["CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME"];
+            let missing: Vec<_> = needed.into_iter().filter(|name| variable(name).is_empty()).collect();
+            if !missing.is_empty() {
+                return Err(Failure::new(INVALID_ENVIRONMENT, format!("not set: {}", missing.join(", "))));
+            }
+            add(config, &variable("CNI_ARGS"), &variable("CNI_NETNS")).map(Some)
+        }
         // What the agent protects it looks after itself, until the pod's network is gone; a node without agent is still good
         // for pods outside the mesh.
         "DEL" | "CHECK" | "GC" | "STATUS" => Ok(None),
         other => Err(Failure::new(INVALID_ENVIRONMENT, format!("CNI_COMMAND is {other:?}"))),
+    }
+}
+
+/// A configuration that names no version is from before there was one, and passes: only its form of addresses differs.
+fn speaks(config: &Value) -> Result<(), Failure> {
+    match config["cniVersion"].as_str() {
+        None | Some("") => Ok(()),
+        Some(version) if VERSIONS.contains(&version) => Ok(()),
+        Some(version) => Err(Failure::new(
+            INCOMPATIBLE_VERSION,
+            format!("cniVersion is {version}; this plugin speaks {}", VERSIONS.join(", ")),
+        )),
     }
 }
 
