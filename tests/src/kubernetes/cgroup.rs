@@ -7,6 +7,7 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::OnceLock;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -72,6 +73,44 @@ fn join(file: &CStr) -> std::io::Result<()> {
         written
     };
     if written == 1 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+}
+
+/// Why this machine cannot give a node its cgroups, if it cannot. Tried once: scenarios ask side by side.
+pub fn obstacle() -> Option<String> {
+    static ANSWER: OnceLock<Option<String>> = OnceLock::new();
+    ANSWER.get_or_init(try_cgroups).clone()
+}
+
+fn try_cgroups() -> Option<String> {
+    let read = |path| std::fs::read_to_string(path).unwrap_or_default();
+    lacking(&read("/proc/self/cgroup"), &read("/proc/self/mountinfo")).or_else(|| {
+        match NodeCgroups::create("trial") {
+            Ok(trial) => {
+                trial.remove(Duration::from_secs(1));
+                None
+            }
+            Err(error) => Some(format!("no cgroup can be made: {error:#}")),
+        }
+    })
+}
+
+/// What the nodes need and this machine has not mounted. A node mounts each hierarchy anew, with its own directory as the
+/// root; one that has all controllers in cgroup2 would need them delegated to it, which nobody has built yet.
+fn lacking(cgroups: &str, mounts: &str) -> Option<String> {
+    let is_there = |wanted: &str| {
+        cgroups.lines().filter_map(|line| line.split(':').nth(1)).any(|controllers| {
+            controllers.split(',').any(|controller| controller == wanted)
+                && mount_of(mounts, controllers).is_some()
+        })
+    };
+    let missing: Vec<_> = ["cpu", "memory", "pids"].into_iter().filter(|wanted| !is_there(wanted)).collect();
+    if !missing.is_empty() {
+        let missing = missing.join(", ");
+        return Some(format!(
+            "nodes need cgroup v1's controllers; not mounted: {missing}. cgroup2 alone is not supported"
+        ));
+    }
+    (!is_there("")).then(|| "cgroup2 is not mounted".to_owned())
 }
 
 /// This process's directory in each hierarchy.
@@ -181,6 +220,28 @@ mod tests {
             ("memory", None),
         ] {
             assert_eq!(mount_of(mounts, controllers), expected.map(PathBuf::from), "{controllers}");
+        }
+    }
+
+    #[test]
+    fn what_a_node_cannot_do_without_is_named() {
+        let cgroups = "3:cpu,cpuacct:/\n2:memory:/\n1:pids:/\n0::/\n";
+        let mount =
+            |kind: &str, options: &str| format!("32 31 0:29 / /{options} rw - {kind} cgroup rw,{options}\n");
+        let v1 = mount("cgroup", "cpu,cpuacct") + &mount("cgroup", "memory") + &mount("cgroup", "pids");
+        let v2 = mount("cgroup2", "nsdelegate");
+        assert_eq!(lacking(cgroups, &(v1.clone() + &v2)), None);
+        for (cgroups, mounts, named) in [
+            (cgroups, v1, "cgroup2 is not mounted"),
+            (
+                cgroups,
+                mount("cgroup", "cpu,cpuacct") + &mount("cgroup", "memory") + &v2,
+                "not mounted: pids.",
+            ),
+            ("0::/user.slice\n", v2, "not mounted: cpu, memory, pids."),
+        ] {
+            let why = lacking(cgroups, &mounts);
+            assert!(why.as_ref().is_some_and(|why| why.contains(named)), "{named}: {why:?}");
         }
     }
 

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
+pub use cgroup::obstacle;
 pub use control_plane::{ControlPlane, DNS_ADDRESS, POD_CIDR, SERVICE_CIDR};
 pub use node::KubeNode;
 

@@ -8,11 +8,11 @@ use weft_testbed::Moment;
 use weft_testbed::binaries::binary;
 use weft_testbed::cluster::Builder;
 use weft_testbed::http::get;
-use weft_testbed::kubernetes::KubeCluster;
+use weft_testbed::kubernetes::{KubeCluster, obstacle};
 use weft_testbed::metrics::Metrics;
 use weft_testbed::poll::{pause, until};
 
-use crate::runner::Scenario;
+use crate::runner::{Scenario, Skipped};
 use crate::shop::marker;
 
 pub const SCENARIOS: &[Scenario] = &[
@@ -88,7 +88,7 @@ spec:
 }
 
 fn cluster(cluster: Builder) -> Result<()> {
-    let kube = KubeCluster::start(cluster.name(), &NODES)?;
+    let kube = start(&cluster)?;
     open_shop(&kube, "hello-from-web")?;
     for url in urls(&kube)? {
         fetch(&kube, &url, "hello-from-web")?;
@@ -97,7 +97,7 @@ fn cluster(cluster: Builder) -> Result<()> {
 }
 
 fn label(cluster: Builder) -> Result<()> {
-    let kube = KubeCluster::start(cluster.name(), &NODES)?;
+    let kube = start(&cluster)?;
     let page = marker("kubernetes");
     open_shop(&kube, &page)?;
     let pods = [addresses(&kube, "web")?, addresses(&kube, "client")?].concat();
@@ -139,7 +139,7 @@ fn label(cluster: Builder) -> Result<()> {
 }
 
 fn operations(cluster: Builder) -> Result<()> {
-    let kube = KubeCluster::start(cluster.name(), &NODES)?;
+    let kube = start(&cluster)?;
     let page = marker("operations");
     open_shop(&kube, &page)?;
     install(&kube)?;
@@ -205,7 +205,7 @@ fn operations(cluster: Builder) -> Result<()> {
 }
 
 fn birth(cluster: Builder) -> Result<()> {
-    let kube = KubeCluster::start(cluster.name(), &NODES)?;
+    let kube = start(&cluster)?;
     let page = marker("birth");
     open_shop(&kube, &page)?;
     install(&kube)?;
@@ -356,6 +356,14 @@ fn in_pod(kube: &KubeCluster, pod: &str, command: &[&str]) -> Result<String> {
     let id = found.split_whitespace().last().with_context(|| format!("no container of {pod}"))?;
     let task = ["-n", "k8s.io", "task", "exec", "--exec-id", "past-the-api", id];
     node.run("ctr", &[&task[..], command].concat())
+}
+
+/// A cluster of its own. A machine whose kernel or container does not let nodes run is no failure of Weft.
+fn start(cluster: &Builder) -> Result<KubeCluster> {
+    if let Some(why) = obstacle() {
+        return Err(Skipped(why).into());
+    }
+    KubeCluster::start(cluster.name(), &NODES)
 }
 
 /// A pod's addresses, IPv4 and IPv6.
