@@ -3,18 +3,13 @@
 //! business.
 
 use std::{
-    convert::Infallible,
     path::PathBuf,
     time::{Duration, Instant},
 };
 
 use anyhow::Context;
-use bytes::Bytes;
-use http_body_util::{BodyExt, Full, Limited};
-use hyper::{
-    Method, Request, Response, StatusCode, body::Incoming, server::conn::http1, service::service_fn,
-};
-use hyper_util::rt::{TokioIo, TokioTimer};
+use http_body_util::{BodyExt, Limited};
+use hyper::{Method, Request, StatusCode, body::Incoming};
 use tokio::sync::{mpsc, oneshot};
 use tracing::{info, warn};
 use weft_cni::{
@@ -25,7 +20,7 @@ use weft_cni::{
     token,
 };
 
-use crate::http::unix_listener;
+use crate::http::{self, Reply, unix_listener};
 
 /// A request is a few hundred bytes.
 const MAX_REQUEST: usize = 64 << 10;
@@ -48,27 +43,19 @@ pub fn serve(socket: &std::path::Path, asked: mpsc::Sender<Asked>) -> anyhow::Re
     info!(socket = %socket.display(), "serving the CNI plugin");
     tokio::spawn(async move {
         loop {
-            let Ok((stream, _)) = listener.accept().await else {
-                tokio::time::sleep(Duration::from_millis(100)).await;
-                continue;
-            };
-            let asked = asked.clone();
-            tokio::spawn(async move {
-                let service = service_fn(move |request| {
+            match listener.accept().await {
+                Ok((stream, _)) => {
                     let asked = asked.clone();
-                    async move { Ok::<_, Infallible>(answer(request, &asked).await) }
-                });
-                let mut server = http1::Builder::new();
-                server.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
-                // A plugin that was killed by its runtime does not wait for the answer.
-                let _ = server.serve_connection(TokioIo::new(stream), service).await;
-            });
+                    http::serve(stream, HEADER_TIMEOUT, move |request| answer(request, asked.clone()));
+                }
+                Err(error) => http::pause(&error).await,
+            }
         }
     });
     Ok(())
 }
 
-async fn answer(request: Request<Incoming>, asked: &mpsc::Sender<Asked>) -> Response<Full<Bytes>> {
+async fn answer(request: Request<Incoming>, asked: mpsc::Sender<Asked>) -> Reply {
     let (parts, body) = request.into_parts();
     let body = match Limited::new(body, MAX_REQUEST).collect().await {
         Ok(body) => body.to_bytes(),
@@ -95,15 +82,12 @@ async fn answer(request: Request<Incoming>, asked: &mpsc::Sender<Asked>) -> Resp
     }
 }
 
-fn failed(status: StatusCode, error: String) -> Response<Full<Bytes>> {
+fn failed(status: StatusCode, error: String) -> Reply {
     json(status, &ErrorReply { error })
 }
 
-fn json(status: StatusCode, body: &impl serde::Serialize) -> Response<Full<Bytes>> {
-    let body = serde_json::to_vec(body).unwrap_or_default();
-    let mut response = Response::new(Full::new(body.into()));
-    *response.status_mut() = status;
-    response
+fn json(status: StatusCode, body: &impl serde::Serialize) -> Reply {
+    http::reply(status, "application/json", serde_json::to_vec(body).unwrap_or_default())
 }
 
 /// How the plugin is installed.

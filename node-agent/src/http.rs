@@ -2,7 +2,7 @@
 //! may open.
 
 use std::{
-    convert::Infallible, io, net::SocketAddr, os::unix::fs::PermissionsExt, path::Path, sync::Arc,
+    convert::Infallible, future, io, net::SocketAddr, os::unix::fs::PermissionsExt, path::Path, sync::Arc,
     time::Duration,
 };
 
@@ -37,9 +37,9 @@ pub struct Views {
     pub drain: watch::Sender<bool>,
 }
 
-type Reply = Response<Full<Bytes>>;
+pub type Reply = Response<Full<Bytes>>;
 
-fn reply(status: StatusCode, kind: &'static str, body: impl Into<Bytes>) -> Reply {
+pub fn reply(status: StatusCode, kind: &'static str, body: impl Into<Bytes>) -> Reply {
     let mut response = Response::new(Full::new(body.into()));
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, hyper::header::HeaderValue::from_static(kind));
@@ -168,7 +168,10 @@ pub fn start(views: Views, metrics: SocketAddr, ready: SocketAddr, admin: &Path)
         tokio::spawn(async move {
             loop {
                 match listener.accept().await {
-                    Ok((stream, _)) => serve(stream, views.clone(), answer),
+                    Ok((stream, _)) => {
+                        let views = views.clone();
+                        serve(stream, HEADER_TIMEOUT, move |request| future::ready(answer(&views, &request)));
+                    }
                     Err(error) => pause(&error).await,
                 }
             }
@@ -178,7 +181,10 @@ pub fn start(views: Views, metrics: SocketAddr, ready: SocketAddr, admin: &Path)
     tokio::spawn(async move {
         loop {
             match listener.accept().await {
-                Ok((stream, _)) => serve(stream, views.clone(), Views::admin),
+                Ok((stream, _)) => {
+                    let views = views.clone();
+                    serve(stream, HEADER_TIMEOUT, move |request| future::ready(views.admin(&request)));
+                }
                 Err(error) => pause(&error).await,
             }
         }
@@ -187,22 +193,25 @@ pub fn start(views: Views, metrics: SocketAddr, ready: SocketAddr, admin: &Path)
     Ok(())
 }
 
-async fn pause(error: &io::Error) {
+/// After an accept that failed, for want of descriptors or memory.
+pub async fn pause(error: &io::Error) {
     warn!(%error, "accept");
     tokio::time::sleep(Duration::from_millis(100)).await;
 }
 
-fn serve<S>(stream: S, views: Views, answer: fn(&Views, &Request<Incoming>) -> Reply)
+/// Serves one connection in a task of its own. A client that takes longer than `patience` for a request's head is cut off.
+pub fn serve<S, F>(stream: S, patience: Duration, answer: impl Fn(Request<Incoming>) -> F + Send + 'static)
 where
     S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    F: Future<Output = Reply> + Send,
 {
     tokio::spawn(async move {
         let service = service_fn(move |request| {
-            let reply = answer(&views, &request);
-            async { Ok::<_, Infallible>(reply) }
+            let reply = answer(request);
+            async { Ok::<_, Infallible>(reply.await) }
         });
         let mut server = http1::Builder::new();
-        server.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT);
+        server.timer(TokioTimer::new()).header_read_timeout(patience);
         // A client that hangs up in the middle is its own business.
         let _ = server.serve_connection(TokioIo::new(stream), service).await;
     });

@@ -154,10 +154,7 @@ impl Agent {
     }
 
     fn known_tunnel(&self, uid: &str) -> Result<Option<String>> {
-        let dump = self.config_dump()?;
-        let known = |workload: &&serde_json::Value| workload["uid"] == uid;
-        let workload = dump["workloads"].as_array().and_then(|all| all.iter().find(known)).cloned();
-        Ok(workload.and_then(|workload| workload["tunnel"].as_str().map(str::to_ascii_lowercase)))
+        Ok(tunnel_in(&self.config_dump()?, uid))
     }
 
     /// How far the enrolment of its own pod `uid` is, in lower case: `hold`, `published`, ... `None` where it is not.
@@ -234,4 +231,10 @@ impl Agent {
 
 fn log_name(number: u32) -> String {
     format!("agent-{number}.log")
+}
+
+/// How an agent reaches the workload `uid`, by its config dump: `hbone` or `none`, or `None` where it has not heard of it.
+pub fn tunnel_in(dump: &serde_json::Value, uid: &str) -> Option<String> {
+    let workload = dump["workloads"].as_array()?.iter().find(|workload| workload["uid"] == uid)?;
+    workload["tunnel"].as_str().map(str::to_ascii_lowercase)
 }

@@ -102,7 +102,7 @@ impl Directory {
         }
         self.say(&merged);
         self.files = files;
-        let delta = difference(&self.objects, &merged.objects);
+        let delta = Delta::between(&self.objects, &merged.objects);
         self.objects = merged.objects;
         delta
     }
@@ -133,13 +133,6 @@ impl Directory {
             }
         }
     }
-}
-
-fn difference(old: &BTreeMap<ObjectKey, Object>, new: &BTreeMap<ObjectKey, Object>) -> Delta {
-    let upserts =
-        new.iter().filter(|(key, object)| old.get(key) != Some(object)).map(|(_, object)| object.clone());
-    let deletes = old.keys().filter(|key| !new.contains_key(key)).cloned();
-    Delta { upserts: upserts.collect(), deletes: deletes.collect() }
 }
 
 #[cfg(test)]

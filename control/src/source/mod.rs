@@ -7,6 +7,8 @@ pub mod kubernetes;
 pub mod manifest;
 pub mod watch;
 
+use std::collections::BTreeMap;
+
 use weft_api::{Object, ObjectKey};
 
 /// What changed between two states of a source, to be applied as a whole. The first one a source sends is its whole
@@ -18,6 +20,14 @@ pub struct Delta {
 }
 
 impl Delta {
+    /// What makes `new` of `old`.
+    pub fn between(old: &BTreeMap<ObjectKey, Object>, new: &BTreeMap<ObjectKey, Object>) -> Self {
+        let upserts =
+            new.iter().filter(|(key, object)| old.get(key) != Some(object)).map(|(_, object)| object.clone());
+        let deletes = old.keys().filter(|key| !new.contains_key(key)).cloned();
+        Self { upserts: upserts.collect(), deletes: deletes.collect() }
+    }
+
     pub fn is_empty(&self) -> bool {
         self.upserts.is_empty() && self.deletes.is_empty()
     }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use weft_testbed::Moment;
+use weft_testbed::agent::tunnel_in;
 use weft_testbed::binaries::binary;
 use weft_testbed::cluster::Builder;
 use weft_testbed::http::get;
@@ -423,14 +424,10 @@ fn wait_enrolled(kube: &KubeCluster, pods: &[&str]) -> Result<()> {
     for node in kube.nodes() {
         let name = node.place().name();
         until(Duration::from_secs(30), &format!("{name} knows {pods:?} as enrolled"), || {
-            let workloads = dump(kube, name)?["workloads"].as_array().cloned().unwrap_or_default();
+            let known = dump(kube, name)?;
             for pod in pods {
-                let uid = format!("Kubernetes//Pod/shop/{pod}");
-                let tunnel = workloads.iter().find(|w| w["uid"] == uid.as_str()).map(|w| &w["tunnel"]);
-                ensure!(
-                    tunnel.and_then(|t| t.as_str()).is_some_and(|t| t.eq_ignore_ascii_case("hbone")),
-                    "{pod} is {tunnel:?}"
-                );
+                let tunnel = tunnel_in(&known, &format!("Kubernetes//Pod/shop/{pod}"));
+                ensure!(tunnel.as_deref() == Some("hbone"), "{pod} is {tunnel:?}");
             }
             Ok(true)
         })?;

@@ -73,14 +73,7 @@ impl Cache {
         for key in self.complaints.keys().filter(|key| !complaints.contains_key(*key)) {
             valid_again(key);
         }
-        let delta = Delta {
-            upserts: objects
-                .iter()
-                .filter(|(key, object)| self.objects.get(*key) != Some(*object))
-                .map(|(_, object)| object.clone())
-                .collect(),
-            deletes: self.objects.keys().filter(|key| !objects.contains_key(*key)).cloned().collect(),
-        };
+        let delta = Delta::between(&self.objects, &objects);
         (self.objects, self.complaints, self.listed) = (objects, complaints, true);
         delta
     }
