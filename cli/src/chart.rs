@@ -2,7 +2,11 @@
 //! Its templates keep to what this file understands of Helm's language: `{{ .Values.a.b }}`, the same with `toJson`,
 //! `{{ .Release.Namespace }}` and `{{ .Chart.AppVersion }}`.
 
+use std::path::PathBuf;
+
 use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
+use serde::Deserialize;
 use serde_json::{Map, Value};
 
 /// The defaults, with their comments.
@@ -14,6 +18,32 @@ pub const TEMPLATES: [(&str, &str); 3] = [
     ("control.yaml", include_str!("../../manifests/weft/templates/control.yaml")),
     ("agent.yaml", include_str!("../../manifests/weft/templates/agent.yaml")),
 ];
+
+/// How commands are told settings.
+#[derive(Debug, Clone, Default, Args)]
+pub struct Settings {
+    /// YAML file with settings that differ from the defaults; may be given several times, the last one wins.
+    #[arg(short = 'f', long, value_name = "FILE")]
+    values: Vec<PathBuf>,
+    /// One setting, as in mesh.trustDomain=example.org; wins over files.
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+}
+
+impl Settings {
+    /// The defaults with these laid over them.
+    pub fn values(&self) -> Result<Values> {
+        let mut values = Values::default();
+        for path in &self.values {
+            let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
+            values.merge(&text).with_context(|| path.display().to_string())?;
+        }
+        for setting in &self.set {
+            values.set(setting).with_context(|| format!("--set {setting}"))?;
+        }
+        Ok(values)
+    }
+}
 
 /// Settings, each of which has a default.
 #[derive(Debug, Clone)]
@@ -42,6 +72,11 @@ impl Values {
         }
         let Value::Object(over) = over else { bail!("expected KEY=VALUE") };
         merge(&mut self.0, over, "")
+    }
+
+    /// A setting that is text.
+    pub fn text(&self, path: &str) -> Option<&str> {
+        self.get(path)?.as_str()
     }
 
     fn get(&self, path: &str) -> Option<&Value> {
@@ -74,8 +109,33 @@ fn merge(base: &mut Map<String, Value>, over: Map<String, Value>, at: &str) -> R
     Ok(())
 }
 
+/// Everything that is installed, as YAML. In the order in which it can be applied.
+pub fn manifest(values: &Values, namespace: &str) -> Result<String> {
+    let mut text = namespace_object(namespace);
+    for (name, template) in TEMPLATES {
+        let rendered = render(template, values, namespace).with_context(|| name.to_string())?;
+        text.push_str(&format!("---\n# {name}\n{}\n", rendered.trim()));
+    }
+    Ok(text)
+}
+
+/// The same, object by object.
+pub fn objects(values: &Values, namespace: &str) -> Result<Vec<Value>> {
+    let text = manifest(values, namespace)?;
+    let documents = serde_yaml_ng::Deserializer::from_str(&text);
+    documents.map(|document| Ok(Value::deserialize(document)?)).collect()
+}
+
+/// Helm makes the namespace itself, so the chart has none. The agent needs more than any restricted profile allows.
+fn namespace_object(name: &str) -> String {
+    format!(
+        "apiVersion: v1\nkind: Namespace\nmetadata:\n  name: {name}\n  labels:\n    weft.dev/mesh: disabled\n    \
+         pod-security.kubernetes.io/enforce: privileged\n"
+    )
+}
+
 /// Fills a template in.
-pub fn render(template: &str, values: &Values, namespace: &str) -> Result<String> {
+fn render(template: &str, values: &Values, namespace: &str) -> Result<String> {
     let mut out = String::with_capacity(template.len());
     let mut rest = template;
     while let Some((before, after)) = rest.split_once("{{") {

@@ -1,16 +1,24 @@
-//! `weft`: installs the mesh in a cluster. Reads arguments; each command is a module.
+//! `weft`: installs the mesh in a cluster and looks after it. Reads arguments; each command is a module.
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "tests"))]
 
 mod chart;
+mod check;
+mod cluster;
 mod install;
+mod output;
 
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
 #[derive(Debug, Parser)]
-#[command(name = "weft", version, about = "Install the Weft service mesh", max_term_width = 110)]
+#[command(
+    name = "weft",
+    version,
+    about = "Install the Weft service mesh, and see whether it works",
+    max_term_width = 110
+)]
 struct Cli {
     #[command(subcommand)]
     command: Command,
@@ -19,14 +27,17 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Command {
     Install(install::Arguments),
+    Check(check::Arguments),
 }
 
-fn main() -> ExitCode {
+#[tokio::main(flavor = "current_thread")]
+async fn main() -> ExitCode {
     let result = match Cli::parse().command {
-        Command::Install(arguments) => install::run(&arguments),
+        Command::Install(arguments) => install::run(&arguments).map(|()| ExitCode::SUCCESS),
+        Command::Check(arguments) => check::run(&arguments).await,
     };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("weft: {error:#}");
             ExitCode::FAILURE

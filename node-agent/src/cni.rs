@@ -10,8 +10,9 @@ use std::{
 use anyhow::Context;
 use http_body_util::{BodyExt, Limited};
 use hyper::{Method, Request, StatusCode, body::Incoming};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{info, warn};
+use weft_api::agent::PluginStatus;
 use weft_cni::{
     http::ApiServer,
     install::Installation,
@@ -101,8 +102,7 @@ pub struct Install {
 }
 
 /// Puts the plugin in place and keeps it there. Runs as long as the agent: what is wrong is said, once, and tried again.
-pub async fn keep_installed(install: Install) {
-    let mut said = String::new();
+pub async fn keep_installed(install: Install, status: watch::Sender<PluginStatus>) {
     let mut token: Option<(String, Instant)> = None;
     loop {
         let (job, known) = (install.clone(), token.clone());
@@ -110,16 +110,18 @@ pub async fn keep_installed(install: Install) {
         match done.map_err(anyhow::Error::from).and_then(|done| done) {
             Ok((joined, used)) => {
                 token = Some(used);
-                said.clear();
+                status.send_replace(PluginStatus::InPlace);
                 if joined {
                     info!(conf_dir = %install.node.conf_dir.display(), "the CNI plugin is in the node's network configuration");
                 }
             }
             Err(error) => {
-                let error = format!("{error:#}");
-                if error != said {
-                    warn!(error, "the CNI plugin is not in place; new pods start before they are protected");
-                    said = error;
+                let failed = PluginStatus::Failed { error: format!("{error:#}") };
+                if status.send_replace(failed.clone()) != failed {
+                    warn!(
+                        error = format!("{error:#}"),
+                        "the CNI plugin is not in place; new pods start before they are protected"
+                    );
                 }
             }
         }

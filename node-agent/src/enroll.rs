@@ -15,6 +15,7 @@ use tokio::{
     time::Instant,
 };
 use tracing::{info, warn};
+use weft_api::agent::PodStatus;
 use weft_core::{SpiffeId, Tunnel, Workload};
 use weft_kernel::{Kernel, Netns, PodAddresses, locate};
 use weft_proto::node::{EnrollmentFailure, EnrollmentReport};
@@ -44,15 +45,6 @@ pub struct Enrollment {
     pub pods: Vec<PodStatus>,
     /// Every wanted pod is enrolled or has a failure that was reported.
     pub settled: bool,
-}
-
-#[derive(Debug, Clone, serde::Serialize)]
-pub struct PodStatus {
-    pub uid: String,
-    pub identity: Option<String>,
-    pub phase: Option<String>,
-    pub open_connections: usize,
-    pub failure: Option<String>,
 }
 
 struct Failure {
@@ -371,7 +363,7 @@ impl Enroller {
         let enrolled = pods.enrolled.values().map(|pod| PodStatus {
             uid: pod.uid.to_string(),
             identity: Some(pod.identity().to_string()),
-            phase: Some(format!("{:?}", pod.phase())),
+            phase: Some(format!("{:?}", pod.phase()).to_ascii_lowercase()),
             open_connections: pod.open_connections(),
             failure: None,
         });

@@ -2,8 +2,13 @@
 //! may open.
 
 use std::{
-    convert::Infallible, future, io, net::SocketAddr, os::unix::fs::PermissionsExt, path::Path, sync::Arc,
-    time::Duration,
+    convert::Infallible,
+    future, io,
+    net::SocketAddr,
+    os::unix::fs::PermissionsExt,
+    path::Path,
+    sync::Arc,
+    time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
 use anyhow::Context;
@@ -20,6 +25,7 @@ use tokio::{
     sync::watch,
 };
 use tracing::{info, warn};
+use weft_api::agent::{AgentStatus, CertificateStatus, PluginStatus};
 
 use crate::{enroll::Enrollment, identities::Identities, logging, metrics::Metrics, state::Snapshot};
 
@@ -34,6 +40,8 @@ pub struct Views {
     pub enrollment: watch::Receiver<Enrollment>,
     pub identities: Identities,
     pub connected: watch::Receiver<bool>,
+    pub plugin: watch::Receiver<PluginStatus>,
+    pub node: String,
     pub drain: watch::Sender<bool>,
 }
 
@@ -48,6 +56,13 @@ pub fn reply(status: StatusCode, kind: &'static str, body: impl Into<Bytes>) -> 
 
 fn text(status: StatusCode, body: impl Into<Bytes>) -> Reply {
     reply(status, "text/plain; charset=utf-8", body)
+}
+
+fn json(value: &impl serde::Serialize) -> Reply {
+    match serde_json::to_vec_pretty(value) {
+        Ok(body) => reply(StatusCode::OK, "application/json", body),
+        Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()),
+    }
 }
 
 fn not_found(paths: &str) -> Reply {
@@ -72,7 +87,14 @@ impl Views {
         if !matches!(request.uri().path(), "/readyz" | "/healthz/ready") {
             return not_found("/readyz");
         }
-        let waiting = if *self.drain.borrow() {
+        match self.waiting() {
+            None => text(StatusCode::OK, "ready\n"),
+            Some(why) => text(StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {why}\n")),
+        }
+    }
+
+    fn waiting(&self) -> Option<&'static str> {
+        if *self.drain.borrow() {
             Some("draining")
         } else if !self.snapshots.borrow().synced {
             Some("waiting for the controller's first state")
@@ -80,19 +102,32 @@ impl Views {
             Some("enrolling pods")
         } else {
             None
-        };
-        match waiting {
-            None => text(StatusCode::OK, "ready\n"),
-            Some(why) => text(StatusCode::SERVICE_UNAVAILABLE, format!("not ready: {why}\n")),
+        }
+    }
+
+    fn status(&self) -> AgentStatus {
+        // By their dates alone: keys never leave the process.
+        let certificates = self.identities.all();
+        let certificates = certificates.iter().map(|(id, certificate)| CertificateStatus {
+            identity: id.to_string(),
+            not_after: since_epoch(certificate.not_after()).as_secs(),
+        });
+        AgentStatus {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            node: self.node.clone(),
+            time: since_epoch(SystemTime::now()).as_secs_f64(),
+            connected: *self.connected.borrow(),
+            waiting: self.waiting().map(str::to_owned),
+            plugin: self.plugin.borrow().clone(),
+            certificates: certificates.collect(),
+            pods: self.enrollment.borrow().pods.clone(),
         }
     }
 
     fn admin(&self, request: &Request<Incoming>) -> Reply {
         match (request.method(), request.uri().path()) {
-            (&Method::GET, "/config_dump") => {
-                let body = serde_json::to_vec_pretty(&self.dump()).unwrap_or_else(|e| e.to_string().into());
-                reply(StatusCode::OK, "application/json", body)
-            }
+            (&Method::GET, "/config_dump") => json(&self.dump()),
+            (&Method::GET, "/status") => json(&self.status()),
             (&Method::GET, "/logging") => text(StatusCode::OK, format!("{}\n", logging::level())),
             (&Method::PUT | &Method::POST, "/logging") => {
                 let query = request.uri().query().unwrap_or_default();
@@ -109,7 +144,9 @@ impl Views {
                 self.drain.send_replace(true);
                 text(StatusCode::OK, "draining\n")
             }
-            _ => not_found("GET /config_dump, GET /readyz, GET or PUT /logging?level=FILTER, POST /drain"),
+            _ => not_found(
+                "GET /config_dump, GET /status, GET /readyz, GET or PUT /logging?level=FILTER, POST /drain",
+            ),
         }
     }
 
@@ -135,26 +172,22 @@ impl Views {
             })),
             weft_core::Entry::Workload(_) => None,
         });
-        // Certificates by their dates alone: keys never leave the process.
-        let certificates = self.identities.all();
-        let certificates = certificates.iter().map(|(id, certificate)| {
-            serde_json::json!({ "identity": id.to_string(), "not_after": unix(certificate.not_after()) })
-        });
+        let status = self.status();
         serde_json::json!({
-            "connected": *self.connected.borrow(),
+            "connected": status.connected,
             "synced": snapshot.synced,
             "captured": snapshot.settings.as_ref().map(|s| s.captured.iter().map(|n| n.to_string()).collect::<Vec<_>>()),
             "trust_domain": snapshot.settings.as_ref().map(|s| s.trust_domain.to_string()),
-            "pods": self.enrollment.borrow().pods,
-            "certificates": certificates.collect::<Vec<_>>(),
+            "pods": status.pods,
+            "certificates": status.certificates,
             "workloads": workloads.collect::<Vec<_>>(),
             "services": services.collect::<Vec<_>>(),
         })
     }
 }
 
-fn unix(time: std::time::SystemTime) -> u64 {
-    time.duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_secs()
+fn since_epoch(time: SystemTime) -> Duration {
+    time.duration_since(UNIX_EPOCH).unwrap_or_default()
 }
 
 /// Starts all three. Their ports may be shared with a predecessor that drains.

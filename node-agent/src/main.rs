@@ -3,6 +3,7 @@
 //! `enroll`.
 #![forbid(unsafe_code)]
 
+mod admin;
 mod cni;
 mod config;
 mod connection;
@@ -18,7 +19,6 @@ mod outbound;
 mod place;
 mod pod;
 mod prepare;
-mod ready;
 mod state;
 mod worker;
 
@@ -32,6 +32,7 @@ use tokio::{
     sync::{mpsc, watch},
 };
 use tracing::{debug, info, warn};
+use weft_api::agent::PluginStatus;
 use weft_kernel::{Kernel, Options, preflight};
 use weft_proto::node::EnrollmentReport;
 use weft_transport::Limits;
@@ -71,14 +72,19 @@ enum Command {
     /// Print what this kernel offers of what the agent needs; exit status 1 where something is missing
     Preflight(KernelFlags),
     /// Ask the agent in this container whether it is ready; for a probe
-    Ready {
-        /// The agent's admin socket
-        #[arg(long, env = "WEFT_ADMIN_SOCKET", default_value = config::ADMIN_SOCKET, value_name = "PATH")]
-        admin_socket: std::path::PathBuf,
-    },
+    Ready(Admin),
+    /// Print what the agent of this node says of itself, as JSON; `weft check` reads it
+    Status(Admin),
     /// Take every pod of this node out of the mesh at once: removes the pinned kernel programs and maps. For a node
     /// whose agent is gone for good; new connections are plain TCP from then on
     BreakGlass(KernelFlags),
+}
+
+#[derive(clap::Args)]
+struct Admin {
+    /// The agent's admin socket
+    #[arg(long, env = "WEFT_ADMIN_SOCKET", default_value = config::ADMIN_SOCKET, value_name = "PATH")]
+    admin_socket: std::path::PathBuf,
 }
 
 #[derive(clap::Args)]
@@ -111,7 +117,8 @@ fn main() -> ExitCode {
             println!("{report}");
             return if report.ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE };
         }
-        Some(Command::Ready { admin_socket }) => ready::probe(&admin_socket),
+        Some(Command::Ready(admin)) => admin::ready(&admin.admin_socket),
+        Some(Command::Status(admin)) => admin::status(&admin.admin_socket),
         Some(Command::BreakGlass(flags)) => Kernel::break_glass(&flags.options()).map_err(Into::into),
         None => run(cli.settings),
     };
@@ -188,8 +195,10 @@ async fn serve(config: Arc<Config>, kernel: Arc<Kernel>) -> anyhow::Result<()> {
     if let Some(socket) = &config.cni_socket {
         cni::serve(socket, asked_tx)?;
     }
+    let (plugin_tx, plugin) = watch::channel(PluginStatus::NotManaged);
     if let Some(install) = &config.cni_install {
-        tokio::spawn(cni::keep_installed(install.clone()));
+        plugin_tx.send_replace(PluginStatus::Unknown);
+        tokio::spawn(cni::keep_installed(install.clone(), plugin_tx));
     }
     let enroller = Enroller {
         kernel,
@@ -219,6 +228,8 @@ async fn serve(config: Arc<Config>, kernel: Arc<Kernel>) -> anyhow::Result<()> {
         enrollment: enrollment.clone(),
         identities,
         connected,
+        plugin,
+        node: config.node.clone(),
         drain: drain.clone(),
     };
     http::start(views, config.metrics_listen, config.ready_listen, &config.admin_socket)?;

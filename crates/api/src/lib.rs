@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "tests"))]
 
+pub mod agent;
 pub mod discovery;
 pub mod enrollment;
 pub mod field;

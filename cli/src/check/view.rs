@@ -1,0 +1,217 @@
+//! What the checks look at, fetched once. Each part may fail by itself; what follows from it is worked out without the
+//! cluster, in the modules beside this one.
+
+use std::{
+    collections::BTreeMap,
+    time::{Duration, Instant, SystemTime},
+};
+
+use anyhow::Result;
+use futures_util::{StreamExt, stream};
+use serde_json::Value;
+use weft_api::{Namespace, Pod, ServiceCidr, agent::AgentStatus};
+
+use crate::{
+    chart::{self, Values},
+    cluster::{Cluster, Server},
+};
+
+/// Agents asked at a time.
+const CONCURRENCY: usize = 16;
+
+/// A part of the view, or why it is not there.
+pub type Part<T> = Result<T, String>;
+
+/// What both kinds of check look at.
+pub struct View {
+    pub server: Server,
+    /// How far this machine's clock is ahead of the API server's, in seconds.
+    pub own_skew: f64,
+    /// The namespace that Weft is or will be in.
+    pub namespace: String,
+    pub nodes: Part<Vec<Value>>,
+    pub namespaces: Part<BTreeMap<String, Namespace>>,
+    pub pods: Part<Vec<Pod>>,
+    pub service_cidrs: Part<Vec<ServiceCidr>>,
+}
+
+/// What is there of an installation.
+pub struct Installed {
+    /// What the chart has and the cluster has not, as `kind/name`.
+    pub missing: Part<Vec<String>>,
+    pub control: Part<Option<Value>>,
+    pub agent: Part<Option<Value>>,
+    /// The pods of both.
+    pub pods: Part<Vec<Value>>,
+    /// Why pods of the DaemonSet or the Deployment could not be made.
+    pub events: Part<Vec<Value>>,
+    pub root: Part<Option<Value>>,
+    pub policies: Part<Vec<Value>>,
+    /// What each node's agent says, by node.
+    pub agents: BTreeMap<String, Part<Answer>>,
+}
+
+/// An agent's answer.
+pub struct Answer {
+    pub status: AgentStatus,
+    /// How far its clock is ahead of this machine's, in seconds; true to within the time that asking took.
+    pub skew: f64,
+    pub took: f64,
+}
+
+impl View {
+    /// Fails where there is nothing to look at: the API server does not answer.
+    pub async fn fetch(cluster: &Cluster, namespace: &str) -> Result<Self> {
+        let asked = Instant::now();
+        let server = cluster.server().await?;
+        // The date has whole seconds; what it was halfway through asking is the best guess.
+        let middle = SystemTime::now() - asked.elapsed() / 2;
+        let own_skew = seconds(middle) - seconds(server.clock) - 0.5;
+        let (nodes, namespaces, pods, service_cidrs) = tokio::join!(
+            cluster.list("/api/v1/nodes"),
+            cluster.list::<Namespace>("/api/v1/namespaces"),
+            cluster.list("/api/v1/pods"),
+            cluster.list("/apis/networking.k8s.io/v1/servicecidrs"),
+        );
+        let named = |all: Vec<Namespace>| all.into_iter().map(|ns| (ns.metadata.name.clone(), ns)).collect();
+        Ok(Self {
+            server,
+            own_skew,
+            namespace: namespace.to_owned(),
+            nodes: part(nodes),
+            namespaces: part(namespaces).map(named),
+            pods: part(pods),
+            service_cidrs: part(service_cidrs),
+        })
+    }
+
+    /// Pods that are to be in the mesh, as the controller reads the labels.
+    pub fn mesh_pods(&self) -> Part<Vec<&Pod>> {
+        let (pods, namespaces) = (self.pods.as_ref()?, self.namespaces.as_ref()?);
+        let wanted = |pod: &&Pod| {
+            let namespace = pod.metadata.namespace.as_deref().unwrap_or_default();
+            !pod.is_gone() && weft_api::mesh_choice(namespaces.get(namespace), pod).wanted
+        };
+        Ok(pods.iter().filter(wanted).collect())
+    }
+}
+
+impl Installed {
+    pub async fn fetch(cluster: &Cluster, namespace: &str) -> Self {
+        let apps = format!("/apis/apps/v1/namespaces/{namespace}");
+        let core = format!("/api/v1/namespaces/{namespace}");
+        let (control, agent, root) = (
+            format!("{apps}/deployments/weft-control"),
+            format!("{apps}/daemonsets/weft-agent"),
+            format!("{core}/configmaps/weft-root"),
+        );
+        let (pods, events) = (
+            format!("{core}/pods?labelSelector=app.kubernetes.io%2Fpart-of%3Dweft"),
+            format!("{core}/events?fieldSelector=type%3DWarning"),
+        );
+        let (missing, control, agent, pods, events, root, policies) = tokio::join!(
+            missing(cluster, namespace),
+            cluster.find(&control),
+            cluster.find(&agent),
+            cluster.list::<Value>(&pods),
+            cluster.list(&events),
+            cluster.find(&root),
+            cluster.list("/apis/networking.k8s.io/v1/networkpolicies"),
+        );
+        let pods = part(pods);
+        let agents = agents(cluster, namespace, pods.as_deref().unwrap_or_default()).await;
+        Self {
+            missing: part(missing),
+            control: part(control),
+            agent: part(agent),
+            pods,
+            events: part(events),
+            root: part(root),
+            policies: part(policies),
+            agents,
+        }
+    }
+
+    /// The pods of the Deployment or DaemonSet of that name.
+    pub fn pods_of<'a>(&'a self, name: &'a str) -> Part<impl Iterator<Item = &'a Value>> {
+        let own = move |pod: &&Value| pod["metadata"]["labels"]["app.kubernetes.io/name"] == name;
+        Ok(self.pods.as_ref()?.iter().filter(own))
+    }
+
+    /// An environment variable of the controller: what it was installed with.
+    pub fn setting(&self, name: &str) -> Option<&str> {
+        let control = self.control.as_ref().ok()?.as_ref()?;
+        let env = control["spec"]["template"]["spec"]["containers"][0]["env"].as_array()?;
+        env.iter().find(|variable| variable["name"] == name)?["value"].as_str()
+    }
+}
+
+/// Asks every agent that runs.
+async fn agents(cluster: &Cluster, namespace: &str, pods: &[Value]) -> BTreeMap<String, Part<Answer>> {
+    let mut newest: BTreeMap<&str, &Value> = BTreeMap::new();
+    for pod in pods.iter().filter(|pod| pod["metadata"]["labels"]["app.kubernetes.io/name"] == "weft-agent") {
+        // While one is replaced there are two on a node; the one that goes does not count.
+        if pod["metadata"]["deletionTimestamp"].is_null() && pod["status"]["phase"] == "Running" {
+            newest.insert(pod["spec"]["nodeName"].as_str().unwrap_or_default(), pod);
+        }
+    }
+    let ask = |(node, pod): (&str, &Value)| {
+        let (node, pod) = (node.to_owned(), pod["metadata"]["name"].as_str().unwrap_or_default().to_owned());
+        async move {
+            let asked = Instant::now();
+            let printed = cluster.exec(namespace, &pod, "weft-agent", &["/weft-agent", "status"]).await;
+            let took = asked.elapsed();
+            let answer = printed.and_then(|text| {
+                let status: AgentStatus = serde_json::from_str(&text)?;
+                let skew = status.time - seconds(SystemTime::now() - took / 2);
+                Ok(Answer { status, skew, took: took.as_secs_f64() })
+            });
+            (node, part(answer))
+        }
+    };
+    stream::iter(newest.into_iter().map(ask)).buffer_unordered(CONCURRENCY).collect().await
+}
+
+/// What `weft install` would make and is not there.
+async fn missing(cluster: &Cluster, namespace: &str) -> Result<Vec<String>> {
+    let objects = chart::objects(&Values::default(), namespace)?;
+    let look = |object: Value| async move {
+        let name = format!(
+            "{}/{}",
+            object["kind"].as_str().unwrap_or_default(),
+            object["metadata"]["name"].as_str().unwrap_or_default()
+        );
+        Ok::<_, anyhow::Error>((name, cluster.find(&path(&object)).await?.is_some()))
+    };
+    let mut missing = Vec::new();
+    let mut looks = stream::iter(objects.into_iter().map(look)).buffered(CONCURRENCY);
+    while let Some(found) = looks.next().await {
+        let (name, there) = found?;
+        if !there {
+            missing.push(name);
+        }
+    }
+    Ok(missing)
+}
+
+/// Where the API server has an object. Every kind that we install has a regular plural.
+pub fn path(object: &Value) -> String {
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let (version, metadata) = (text(&object["apiVersion"]), &object["metadata"]);
+    let root = if version.contains('/') { "apis" } else { "api" };
+    let namespace = match metadata["namespace"].as_str() {
+        Some(namespace) => format!("namespaces/{namespace}/"),
+        None => String::new(),
+    };
+    let plural = format!("{}s", text(&object["kind"]).to_lowercase());
+    format!("/{root}/{version}/{namespace}{plural}/{}", text(&metadata["name"]))
+}
+
+/// Seconds since 1970.
+pub fn seconds(time: SystemTime) -> f64 {
+    time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs_f64()
+}
+
+fn part<T>(result: Result<T>) -> Part<T> {
+    result.map_err(|error| format!("{error:#}"))
+}
