@@ -20,6 +20,7 @@ mod place;
 mod pod;
 mod prepare;
 mod state;
+mod succession;
 mod worker;
 
 use std::{collections::BTreeSet, process::ExitCode, sync::Arc};
@@ -236,6 +237,9 @@ async fn serve(config: Arc<Config>, kernel: Arc<Kernel>) -> anyhow::Result<()> {
 
     tokio::select! {
         stop = until_told_to_stop(draining) => stop?,
+        () = succession::outlived(&config.admin_socket) => {
+            bail!("the agent that had taken over from this one is gone; to be started again");
+        }
         // It ends by itself only where its settings are unusable.
         ended = &mut xds => ended?.context("the controller cannot be reached with these settings")?,
     }

@@ -61,7 +61,7 @@ pub enum Purpose {
 pub fn of(purpose: Purpose) -> Vec<Package> {
     use Probe::{File, FileBelow, Program};
     use Purpose::{All, Bench, Demo, Test};
-    let all: [(&[Purpose], &str, &'static str, Probe); 17] = [
+    let all: [(&[Purpose], &str, &'static str, Probe); 18] = [
         (&[Test, Demo, Bench], "gcc", "the C code of aws-lc", Program("cc")),
         (&[Test, Demo, Bench], "iproute2", "namespaces and wires of the test bed", Program("ip")),
         (&[Test, Demo, Bench], "procps", "processes and sysctls of the test bed", Program("sysctl")),
@@ -82,6 +82,12 @@ pub fn of(purpose: Purpose) -> Vec<Package> {
             "containernetworking-plugins",
             "the test cluster's pod network",
             File("/usr/lib/cni/bridge".to_owned()),
+        ),
+        (
+            &[Test],
+            "libfaketime",
+            "wrong clocks in the test cluster",
+            FileBelow("/usr/lib", "faketime/libfaketimeMT.so.1"),
         ),
         (&[Test], "busybox-static", "applications in the test cluster", Program("busybox")),
         (&[Test], "iptables", "port mappings of the test cluster", Program("iptables")),

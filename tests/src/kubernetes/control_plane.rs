@@ -173,10 +173,15 @@ impl ControlPlane {
 
     /// kubectl as the cluster's administrator, not yet started.
     pub fn kubectl_command<S: Into<OsString>>(&self, args: impl IntoIterator<Item = S>) -> Command {
-        let program = self.programs.join("kubectl");
-        let mut command = self.place.command(&program.to_string_lossy(), [""; 0]);
-        command.arg(format!("--kubeconfig={}", self.place.dir().join("admin.kubeconfig").display()));
-        command.args(args.into_iter().map(Into::into)).env("HOME", self.place.dir());
+        let mut command = self.command(&self.programs.join("kubectl").to_string_lossy());
+        command.args(args.into_iter().map(Into::into));
+        command
+    }
+
+    /// Any program as the cluster's administrator, not yet started.
+    pub fn command(&self, program: &str) -> Command {
+        let mut command = self.place.command(program, [""; 0]);
+        command.env("KUBECONFIG", self.place.dir().join("admin.kubeconfig")).env("HOME", self.place.dir());
         command
     }
 

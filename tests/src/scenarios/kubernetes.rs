@@ -360,7 +360,7 @@ fn in_pod(kube: &KubeCluster, pod: &str, command: &[&str]) -> Result<String> {
 }
 
 /// A cluster of its own. A machine whose kernel or container does not let nodes run is no failure of Weft.
-fn start(cluster: &Builder) -> Result<KubeCluster> {
+pub fn start(cluster: &Builder) -> Result<KubeCluster> {
     if let Some(why) = obstacle() {
         return Err(Skipped(why).into());
     }
@@ -386,7 +386,7 @@ fn urls(kube: &KubeCluster) -> Result<Vec<String>> {
 }
 
 /// As the documentation says it.
-fn install(kube: &KubeCluster) -> Result<()> {
+pub fn install(kube: &KubeCluster) -> Result<()> {
     let output =
         std::process::Command::new(binary("weft")?).arg("install").output().context("weft install")?;
     ensure!(output.status.success(), "weft install: {}", String::from_utf8_lossy(&output.stderr));
@@ -449,7 +449,7 @@ fn metrics(kube: &KubeCluster, node: &str) -> Result<Metrics> {
 }
 
 /// Creates the namespace and waits for its pods.
-fn open_shop(kube: &KubeCluster, page: &str) -> Result<()> {
+pub fn open_shop(kube: &KubeCluster, page: &str) -> Result<()> {
     until(Duration::from_secs(30), "the shop's objects are taken", || {
         kube.apply(&shop(page)).map(|()| true)
     })?;

@@ -2,6 +2,7 @@
 #![allow(clippy::disallowed_methods, reason = "no async runtime runs on the threads of the scenarios")]
 
 mod bed;
+mod check;
 mod cni;
 mod escape;
 mod failure;
@@ -53,6 +54,7 @@ fn all() -> Vec<Scenario> {
         outside::SCENARIOS,
         operations::SCENARIOS,
         kubernetes::SCENARIOS,
+        check::SCENARIOS,
     ]
     .concat()
 }

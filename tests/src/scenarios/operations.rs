@@ -26,6 +26,11 @@ pub const SCENARIOS: &[Scenario] = &[
         "open connections end in peace, new ones are refused, a deadline holds",
         drains,
     ),
+    Scenario::new(
+        "agent_rollback",
+        "a new agent takes over and dies: the old one ends, to be started again",
+        rollback,
+    ),
     Scenario::new("agent_upgrade", "a new agent takes over: no connection refused, none cut", upgrade),
     Scenario::new(
         "leaves_nothing_behind",
@@ -202,6 +207,24 @@ fn upgrade(cluster: Builder) -> Result<()> {
         failed[0]
     );
     capture.stop()?.nothing_in_the_clear(start, &shop.enrolled(), secret.as_bytes())
+}
+
+/// What a supervisor does with an agent that ends is start it again: then it takes the listeners back.
+fn rollback(cluster: Builder) -> Result<()> {
+    let shop = Shop::open_enrolled(cluster)?;
+    let secret = marker("rollback");
+    let agent = shop.west()?;
+    let mut old = agent.start_successor()?;
+    shop.cluster.wait_enrolled(&[&shop.web, &shop.client])?;
+    pause(Duration::from_secs(5));
+    ensure!(old.running()?, "the old agent ended although its successor works");
+    shop.check_echo(&secret).context("with both agents")?;
+    agent.kill()?;
+    let status =
+        old.wait(Duration::from_secs(15)).context("nobody takes new connections, and the old agent")?;
+    ensure!(!status.success(), "it ended with {status}, with which no supervisor starts it again");
+    agent.start()?;
+    shop.check_echo(&secret).context("started again")
 }
 
 /// A bed that works, says which kernel objects it holds, and waits.
