@@ -28,7 +28,8 @@ pub struct Arguments {
     /// YAML file with settings that differ from the defaults; may be given several times, the last one wins.
     #[arg(short = 'f', long, value_name = "FILE")]
     values: Vec<PathBuf>,
-    /// One setting, as in mesh.trustDomain=example.org; wins over files.
+    /// One setting, as in mesh.trustDomain=example.org; wins over files. The value is all that follows the sign, commas
+    /// included.
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
     /// Print the settings and their defaults instead.
@@ -66,6 +67,8 @@ fn manifests(arguments: &Arguments) -> Result<String> {
 
 /// Helm makes the namespace itself, so the chart has none. The agent needs more than any restricted profile allows.
 fn namespace(name: &str) -> String {
+    // Quoted: 123 would be a number.
+    let name = serde_json::Value::from(name);
     format!(
         "apiVersion: v1\nkind: Namespace\nmetadata:\n  name: {name}\n  labels:\n    weft.dev/mesh: disabled\n    \
          pod-security.kubernetes.io/enforce: privileged\n"
