@@ -1,6 +1,7 @@
 //! The Helm chart in `manifests/weft`, rendered without Helm: one source for `weft install` and for those who use Helm.
-//! Its templates keep to what this file understands of Helm's language: `{{ .Values.a.b }}`, the same with `toJson`,
-//! `{{ .Release.Namespace }}` and `{{ .Chart.AppVersion }}`.
+//! Its templates keep to what this file understands of Helm's language: `{{ .Values.a.b }}` for strings, `{{ toJson
+//! .Values.a.b }}` for any value, and the same of `.Release.Namespace` and `.Chart.AppVersion`. Everything else is an error
+//! here, so that nothing can mean one thing to Helm and another to us; the scenario `kubernetes_chart` compares the two.
 
 use std::path::PathBuf;
 
@@ -25,7 +26,8 @@ pub struct Settings {
     /// YAML file with settings that differ from the defaults; may be given several times, the last one wins.
     #[arg(short = 'f', long, value_name = "FILE")]
     values: Vec<PathBuf>,
-    /// One setting, as in mesh.trustDomain=example.org; wins over files.
+    /// One setting, as in mesh.trustDomain=example.org; wins over files. The value is all that follows the sign, commas
+    /// included.
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
 }
@@ -62,11 +64,14 @@ impl Values {
         merge(&mut self.0, over, "")
     }
 
-    /// Sets one, written `a.b=value`; the value is read as YAML.
+    /// Sets one, written `a.b=value`. What is a string takes the text as it stands, so that a tag may be 1.10 and a list
+    /// of networks has its commas; for the others it is a number, a boolean, or YAML in brackets or braces.
     pub fn set(&mut self, setting: &str) -> Result<()> {
-        let (path, value) = setting.split_once('=').context("expected KEY=VALUE")?;
-        let value: Value = serde_yaml_ng::from_str(value).unwrap_or_else(|_| Value::String(value.to_owned()));
-        let mut over = value;
+        let (path, text) = setting.split_once('=').context("expected KEY=VALUE")?;
+        let mut over = match self.get(path) {
+            Some(Value::String(_)) if !is_free(path) => Value::String(text.to_owned()),
+            _ => typed(text)?,
+        };
         for key in path.rsplit('.') {
             over = Value::Object(Map::from_iter([(key.to_owned(), over)]));
         }
@@ -86,6 +91,25 @@ impl Values {
     }
 }
 
+/// Requests and limits are Kubernetes' own, with keys and values of all kinds.
+fn is_free(path: &str) -> bool {
+    path.split('.').any(|key| key == "resources")
+}
+
+/// The scalars of Helm's `--set`, which takes 1.5 for a string as Kubernetes' quantities want it; and YAML's lists and maps.
+fn typed(text: &str) -> Result<Value> {
+    if text.starts_with(['[', '{']) {
+        return Ok(serde_yaml_ng::from_str(text)?);
+    }
+    Ok(match text {
+        "true" => Value::Bool(true),
+        "false" => Value::Bool(false),
+        "null" => Value::Null,
+        _ if text.starts_with('0') && text != "0" => text.into(),
+        _ => text.parse::<i64>().map_or_else(|_| text.into(), Value::from),
+    })
+}
+
 fn merge(base: &mut Map<String, Value>, over: Map<String, Value>, at: &str) -> Result<()> {
     for (key, value) in over {
         let path = if at.is_empty() { key.clone() } else { format!("{at}.{key}") };
@@ -94,19 +118,43 @@ fn merge(base: &mut Map<String, Value>, over: Map<String, Value>, at: &str) -> R
             let place = if at.is_empty() { "there is".to_owned() } else { format!("{at} has") };
             bail!("there is no setting {path}; {place}: {others}");
         };
+        let expected = type_of(known);
+        ensure!(
+            type_of(&value) == expected,
+            "{path} is to be of type {expected}, not {}: its default is {known}",
+            type_of(&value)
+        );
         match (known, value) {
-            // Requests and limits are Kubernetes' own, with keys of all kinds.
-            (Value::Object(known), Value::Object(value)) if key != "resources" => merge(known, value, &path)?,
-            (known, value) => {
-                ensure!(
-                    known.is_object() == value.is_object() && known.is_array() == value.is_array(),
-                    "{path} is of another type: its default is {known}"
-                );
-                *known = value;
-            }
+            (Value::Object(known), Value::Object(value)) if is_free(&path) => merge_free(known, value),
+            (Value::Object(known), Value::Object(value)) => merge(known, value, &path)?,
+            (known, value) => *known = value,
         }
     }
     Ok(())
+}
+
+/// As Helm does it: maps are merged, and null takes a default away.
+fn merge_free(base: &mut Map<String, Value>, over: Map<String, Value>) {
+    for (key, value) in over {
+        match (base.get_mut(&key), value) {
+            (Some(Value::Object(known)), Value::Object(value)) => merge_free(known, value),
+            (Some(_), Value::Null) => drop(base.remove(&key)),
+            (_, value) => drop(base.insert(key, value)),
+        }
+    }
+}
+
+/// The name of a value's type in a JSON schema.
+fn type_of(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "boolean",
+        Value::Number(number) if number.is_f64() => "number",
+        Value::Number(_) => "integer",
+        Value::String(_) => "string",
+        Value::Array(_) => "array",
+        Value::Object(_) => "object",
+    }
 }
 
 /// Everything that is installed, as YAML. In the order in which it can be applied.
@@ -128,6 +176,8 @@ pub fn objects(values: &Values, namespace: &str) -> Result<Vec<Value>> {
 
 /// Helm makes the namespace itself, so the chart has none. The agent needs more than any restricted profile allows.
 fn namespace_object(name: &str) -> String {
+    // Quoted: 123 would be a number.
+    let name = Value::from(name);
     format!(
         "apiVersion: v1\nkind: Namespace\nmetadata:\n  name: {name}\n  labels:\n    weft.dev/mesh: disabled\n    \
          pod-security.kubernetes.io/enforce: privileged\n"
@@ -162,27 +212,83 @@ fn evaluate(expression: &str, values: &Values, namespace: &str) -> Result<String
             values.get(path).with_context(|| format!("there is no setting {path}"))?.clone()
         }
     };
-    Ok(match value {
-        Value::String(text) if !json => text,
-        value => value.to_string(),
-    })
+    match value {
+        value if json => Ok(value.to_string()),
+        Value::String(text) => Ok(text),
+        // Helm writes a file's 10000000 as 1e+07, and maps as Go does.
+        _ => bail!("{{{{ {expression} }}}} is no string, and needs toJson"),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
+
+    const SCHEMA: &str = include_str!("../../manifests/weft/values.schema.json");
 
     #[test]
     fn expressions() {
         let mut values = Values::default();
         values.set("image.tag=1.0").unwrap();
-        values.merge("agent: {tolerations: [{key: a}]}\ncontrol: {resources: {limits: {cpu: 1}}}").unwrap();
+        values.merge("agent: {tolerations: [{key: a}]}\nmesh: {trustDomain: \"a: \\\"b\\\"\"}").unwrap();
         let text = "{{ .Release.Namespace }}:{{.Values.image.tag}} {{ toJson .Values.agent.tolerations }} \
-                    {{ toJson .Values.control.resources }} {{ toJson .Values.mesh.trustDomain }}";
+                    {{ toJson .Values.agent.drainDeadline }} {{ toJson .Values.mesh.trustDomain }}";
         let rendered = render(text, &values, "ns").unwrap();
-        assert_eq!(rendered, "ns:1.0 [{\"key\":\"a\"}] {\"limits\":{\"cpu\":1}} \"cluster.local\"");
-        for wrong in ["{{ .Values.image.no }}", "{{ .Values }}", "{{ if }}", "{{ .Values.image.tag"] {
+        assert_eq!(rendered, "ns:1.0 [{\"key\":\"a\"}] 30 \"a: \\\"b\\\"\"");
+        for wrong in [
+            "{{ .Values.image.no }}",
+            "{{ .Values }}",
+            "{{ if }}",
+            "{{ .Values.image.tag",
+            "{{- .Values.image.tag }}",
+            "{{ .Values.image.tag | quote }}",
+            "{{ .Values.agent.drainDeadline }}",
+            "{{ .Values.agent.tolerations }}",
+        ] {
             assert!(render(wrong, &values, "ns").is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn settings_have_the_types_of_their_defaults() {
+        for (setting, expected) in [
+            ("image.tag=1.10", Some("\"1.10\"")),
+            ("image.tag=", Some("\"\"")),
+            ("mesh.podNetworks=10.0.0.0/8,fd00::/8", Some("\"10.0.0.0/8,fd00::/8\"")),
+            ("mesh.clusterId=a=b: \"c\"", Some("\"a=b: \\\"c\\\"\"")),
+            ("mesh.clusterId=true", Some("\"true\"")),
+            ("agent.drainDeadline=7", Some("7")),
+            ("agent.drainDeadline=7.5", None),
+            ("agent.drainDeadline=", None),
+            ("agent.drainDeadline=null", None),
+            ("agent.tolerations=[]", Some("[]")),
+            ("agent.tolerations=[{key: a}]", Some("[{\"key\":\"a\"}]")),
+            ("agent.tolerations=a", None),
+            ("agent.tolerations={}", None),
+            (
+                "control.resources={limits: {cpu: 1}}",
+                Some("{\"limits\":{\"cpu\":1},\"requests\":{\"cpu\":\"50m\",\"memory\":\"64Mi\"}}"),
+            ),
+            ("control.resources.requests.cpu=null", Some("{\"requests\":{\"memory\":\"64Mi\"}}")),
+            ("control.resources.requests=null", Some("{}")),
+            ("control.resources.requests.cpu=2", Some("{\"requests\":{\"cpu\":2,\"memory\":\"64Mi\"}}")),
+            (
+                "control.resources.requests.cpu=1.50",
+                Some("{\"requests\":{\"cpu\":\"1.50\",\"memory\":\"64Mi\"}}"),
+            ),
+            ("control.resources=null", None),
+            ("mesh=null", None),
+        ] {
+            let mut values = Values::default();
+            let result = values.set(setting);
+            let path = setting.split_once('=').unwrap().0;
+            let path = path.find("resources").map_or(path, |at| &path[..at + "resources".len()]);
+            let value = result.is_ok().then(|| values.get(path).unwrap().to_string());
+            assert_eq!(value.as_deref(), expected, "{setting}: {result:?}");
+        }
+        for wrong in ["image: {tag: 1.10}", "image: {tag: null}", "agent: {drainDeadline: '7'}", "mesh: []"] {
+            assert!(Values::default().merge(wrong).is_err(), "{wrong}");
         }
     }
 
@@ -194,5 +300,40 @@ mod tests {
         }
         assert!(values.merge("mesh:\n  nothing: 1").unwrap_err().to_string().contains("mesh.nothing"));
         assert!(values.merge("").is_ok());
+    }
+    /// Helm checks values by the schema, we by the defaults: both must refuse the same.
+    #[test]
+    fn the_schema_says_what_the_defaults_say() {
+        fn schema(value: &Value, path: &str) -> Value {
+            let mut said = json!({"type": type_of(value)});
+            if let Value::Object(map) = value
+                && !is_free(path)
+            {
+                let properties: Map<_, _> = map
+                    .iter()
+                    .map(|(key, value)| (key.clone(), schema(value, &format!("{path}.{key}"))))
+                    .collect();
+                said["required"] = properties.keys().cloned().collect();
+                said["properties"] = properties.into();
+                said["additionalProperties"] = false.into();
+            }
+            said
+        }
+        let mut expected = schema(&Value::Object(Values::default().0), "");
+        expected["$schema"] = "https://json-schema.org/draft/2020-12/schema".into();
+        // What Helm gives to every chart that is a part of another.
+        expected["properties"]["global"] = json!({"type": "object"});
+        let found: Value = serde_json::from_str(SCHEMA).unwrap();
+        assert!(
+            found == expected,
+            "manifests/weft/values.schema.json should be:\n{}",
+            serde_json::to_string_pretty(&expected).unwrap()
+        );
+    }
+
+    #[test]
+    fn the_chart_is_of_this_version() {
+        let chart: Value = serde_yaml_ng::from_str(include_str!("../../manifests/weft/Chart.yaml")).unwrap();
+        assert_eq!(chart["appVersion"], env!("CARGO_PKG_VERSION"));
     }
 }

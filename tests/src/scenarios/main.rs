@@ -2,6 +2,7 @@
 #![allow(clippy::disallowed_methods, reason = "no async runtime runs on the threads of the scenarios")]
 
 mod bed;
+mod chart;
 mod check;
 mod cni;
 mod escape;
@@ -53,6 +54,7 @@ fn all() -> Vec<Scenario> {
         identity::SCENARIOS,
         outside::SCENARIOS,
         operations::SCENARIOS,
+        chart::SCENARIOS,
         kubernetes::SCENARIOS,
         check::SCENARIOS,
     ]
