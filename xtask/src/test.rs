@@ -73,7 +73,7 @@ fn phases(arguments: &Arguments, report: &mut Report) -> Result<()> {
     report.phase("build", |_| {
         build::programs(build::Profile::Development).and_then(|dir| images::for_tests(&dir))
     })?;
-    report.phase("kubernetes", |_| kubernetes::programs().map(drop))?;
+    report.phase("kubernetes", |_| kubernetes::programs().and_then(|_| kubernetes::helm()).map(drop))?;
     report.phase("scenarios", |report| scenarios(arguments, report))
 }
 
@@ -143,6 +143,7 @@ fn scenarios(arguments: &Arguments, report: &mut Report) -> Result<()> {
     }
     command.args(&arguments.name);
     command.env("KUBEBUILDER_ASSETS", kubernetes::programs()?);
+    command.env("HELM_BIN", kubernetes::helm()?);
     let mut counted = None;
     let fine = run::watch(&mut command, |line| counted = scenario_summary(line).or(counted))?;
     report.add(counted.unwrap_or_default());

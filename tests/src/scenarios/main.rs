@@ -2,6 +2,7 @@
 #![allow(clippy::disallowed_methods, reason = "no async runtime runs on the threads of the scenarios")]
 
 mod bed;
+mod chart;
 mod cni;
 mod escape;
 mod failure;
@@ -52,6 +53,7 @@ fn all() -> Vec<Scenario> {
         identity::SCENARIOS,
         outside::SCENARIOS,
         operations::SCENARIOS,
+        chart::SCENARIOS,
         kubernetes::SCENARIOS,
     ]
     .concat()
