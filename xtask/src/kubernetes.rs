@@ -50,7 +50,7 @@ pub fn programs() -> Result<PathBuf> {
     Ok(dir)
 }
 
-/// The program that renders charts as Helm does, after building it where that is needed: two minutes, once.
+/// The program that renders charts as Helm does, after building it where that is needed: some three minutes, once.
 pub fn helm() -> Result<PathBuf> {
     if let Some(given) = std::env::var_os("HELM_BIN") {
         return Ok(given.into());
@@ -65,7 +65,7 @@ pub fn helm() -> Result<PathBuf> {
     let sources: String = sources.finalize().iter().take(6).map(|byte| format!("{byte:02x}")).collect();
     let program = tree::cache()?.join(format!("helm-{version}-{sources}/helm"));
     if !program.exists() {
-        say::step(&format!("Helm {version}'s chart engine for the tests, built once: about two minutes"));
+        say::step(&format!("Helm {version}'s chart engine for the tests, built once: about three minutes"));
         build(&module, "", &program)?;
     }
     Ok(program)
