@@ -13,6 +13,9 @@ use serde_json::{Map, Value};
 /// The defaults, with their comments.
 pub const VALUES: &str = include_str!("../../manifests/weft/values.yaml");
 
+/// The ConfigMap that holds what an installation's settings differ in from the defaults.
+pub const SETTINGS: &str = "weft-settings";
+
 /// Every template, in the order in which its objects are applied.
 pub const TEMPLATES: [(&str, &str); 3] = [
     ("control-rbac.yaml", include_str!("../../manifests/weft/templates/control-rbac.yaml")),
@@ -36,6 +39,12 @@ impl Settings {
     /// The defaults with these laid over them.
     pub fn values(&self) -> Result<Values> {
         let mut values = Values::default();
+        self.apply(&mut values)?;
+        Ok(values)
+    }
+
+    /// Lays these over `values`.
+    pub fn apply(&self, values: &mut Values) -> Result<()> {
         for path in &self.values {
             let text = std::fs::read_to_string(path).with_context(|| path.display().to_string())?;
             values.merge(&text).with_context(|| path.display().to_string())?;
@@ -43,17 +52,22 @@ impl Settings {
         for setting in &self.set {
             values.set(setting).with_context(|| format!("--set {setting}"))?;
         }
-        Ok(values)
+        Ok(())
     }
 }
 
 /// Settings, each of which has a default.
 #[derive(Debug, Clone)]
-pub struct Values(Map<String, Value>);
+pub struct Values {
+    all: Map<String, Value>,
+    /// What was laid over the defaults.
+    changed: Map<String, Value>,
+}
 
 impl Default for Values {
     fn default() -> Self {
-        Self(serde_yaml_ng::from_str(VALUES).expect("the chart's own values are a map"))
+        let all = serde_yaml_ng::from_str(VALUES).expect("the chart's own values are a map");
+        Self { all, changed: Map::new() }
     }
 }
 
@@ -61,7 +75,12 @@ impl Values {
     /// Lays the settings of a YAML file over these. An unknown one is an error: it would be a misspelt one.
     pub fn merge(&mut self, yaml: &str) -> Result<()> {
         let Some(over) = serde_yaml_ng::from_str::<Option<Map<String, Value>>>(yaml)? else { return Ok(()) };
-        merge(&mut self.0, over, "")
+        self.lay(over)
+    }
+
+    fn lay(&mut self, over: Map<String, Value>) -> Result<()> {
+        overlay(&mut self.changed, over.clone());
+        merge(&mut self.all, over, "")
     }
 
     /// Sets one, written `a.b=value`. What is a string takes the text as it stands, so that a tag may be 1.10 and a list
@@ -76,7 +95,7 @@ impl Values {
             over = Value::Object(Map::from_iter([(key.to_owned(), over)]));
         }
         let Value::Object(over) = over else { bail!("expected KEY=VALUE") };
-        merge(&mut self.0, over, "")
+        self.lay(over)
     }
 
     /// A setting that is text.
@@ -86,7 +105,7 @@ impl Values {
 
     fn get(&self, path: &str) -> Option<&Value> {
         let mut keys = path.split('.');
-        let first = self.0.get(keys.next()?)?;
+        let first = self.all.get(keys.next()?)?;
         keys.try_fold(first, |value, key| value.get(key))
     }
 }
@@ -133,6 +152,16 @@ fn merge(base: &mut Map<String, Value>, over: Map<String, Value>, at: &str) -> R
     Ok(())
 }
 
+/// Maps are merged; everything else replaces what was there.
+fn overlay(base: &mut Map<String, Value>, over: Map<String, Value>) {
+    for (key, value) in over {
+        match (base.get_mut(&key), value) {
+            (Some(Value::Object(known)), Value::Object(value)) => overlay(known, value),
+            (_, value) => drop(base.insert(key, value)),
+        }
+    }
+}
+
 /// As Helm does it: maps are merged, and null takes a default away.
 fn merge_free(base: &mut Map<String, Value>, over: Map<String, Value>) {
     for (key, value) in over {
@@ -160,6 +189,17 @@ fn type_of(value: &Value) -> &'static str {
 /// Everything that is installed, as YAML. In the order in which it can be applied.
 pub fn manifest(values: &Values, namespace: &str) -> Result<String> {
     let mut text = namespace_object(namespace);
+    // Helm keeps settings in its own way, so the chart has no such object.
+    let settings = serde_json::json!({
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": SETTINGS, "namespace": namespace, "labels": {"app.kubernetes.io/part-of": "weft"}},
+        "data": {"settings": Value::from(values.changed.clone()).to_string()},
+    });
+    text.push_str(&format!(
+        "---\n# What differs from the defaults, for weft upgrade.\n{}",
+        serde_yaml_ng::to_string(&settings)?
+    ));
     for (name, template) in TEMPLATES {
         let rendered = render(template, values, namespace).with_context(|| name.to_string())?;
         text.push_str(&format!("---\n# {name}\n{}\n", rendered.trim()));
@@ -319,7 +359,7 @@ mod tests {
             }
             said
         }
-        let mut expected = schema(&Value::Object(Values::default().0), "");
+        let mut expected = schema(&Value::Object(Values::default().all), "");
         expected["$schema"] = "https://json-schema.org/draft/2020-12/schema".into();
         // What Helm gives to every chart that is a part of another.
         expected["properties"]["global"] = json!({"type": "object"});

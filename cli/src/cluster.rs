@@ -131,6 +131,26 @@ impl Cluster {
         bounded(async { self.client.request(request).await.map_err(words) }).await.context(path.to_owned())
     }
 
+    /// Strategic merge patch.
+    pub async fn patch(&self, path: &str, patch: &Value) -> Result<Value> {
+        let request = http::Request::patch(path)
+            .header(http::header::CONTENT_TYPE, "application/strategic-merge-patch+json")
+            .body(serde_json::to_vec(patch)?)?;
+        bounded(async { self.client.request(request).await.map_err(words) }).await.context(path.to_owned())
+    }
+
+    /// Deletes an object; one that is not there is no error.
+    pub async fn delete(&self, path: &str) -> Result<()> {
+        let body = serde_json::to_vec(&serde_json::json!({"propagationPolicy": "Background"}))?;
+        let request =
+            http::Request::delete(path).header(http::header::CONTENT_TYPE, "application/json").body(body)?;
+        let answer = bounded(async { Ok(self.client.request::<Value>(request).await) }).await;
+        match answer.context(path.to_owned())? {
+            Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
+            answer => answer.map(drop).map_err(words).context(path.to_owned()),
+        }
+    }
+
     /// Runs a program in a pod, and returns what it printed. It must succeed.
     pub async fn exec(
         &self,
@@ -161,6 +181,31 @@ impl Cluster {
         };
         timeout(EXEC_TIMEOUT, run).await.context("no answer in time")?
     }
+}
+
+/// Something that may not be there, and then why.
+pub type Part<T> = Result<T, String>;
+
+pub fn part<T>(result: Result<T>) -> Part<T> {
+    result.map_err(|error| format!("{error:#}"))
+}
+
+/// Where the API server has an object. Every kind that we install has a regular plural.
+pub fn path(object: &Value) -> String {
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let (version, metadata) = (text(&object["apiVersion"]), &object["metadata"]);
+    let root = if version.contains('/') { "apis" } else { "api" };
+    let namespace = match metadata["namespace"].as_str() {
+        Some(namespace) => format!("namespaces/{namespace}/"),
+        None => String::new(),
+    };
+    let plural = format!("{}s", text(&object["kind"]).to_lowercase());
+    format!("/{root}/{version}/{namespace}{plural}/{}", text(&metadata["name"]))
+}
+
+/// Seconds since 1970.
+pub fn seconds(time: SystemTime) -> f64 {
+    time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs_f64()
 }
 
 async fn all(stream: Option<impl AsyncRead + Unpin>) -> String {

@@ -2,11 +2,14 @@
 #![forbid(unsafe_code)]
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "tests"))]
 
+mod agents;
 mod chart;
 mod check;
 mod cluster;
 mod install;
 mod output;
+mod uninstall;
+mod upgrade;
 
 use std::process::ExitCode;
 
@@ -28,6 +31,8 @@ struct Cli {
 enum Command {
     Install(install::Arguments),
     Check(check::Arguments),
+    Upgrade(upgrade::Arguments),
+    Uninstall(uninstall::Arguments),
 }
 
 #[tokio::main(flavor = "current_thread")]
@@ -35,6 +40,8 @@ async fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Install(arguments) => install::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Check(arguments) => check::run(&arguments).await,
+        Command::Upgrade(arguments) => upgrade::run(&arguments).await.map(|()| ExitCode::SUCCESS),
+        Command::Uninstall(arguments) => uninstall::run(&arguments).await,
     };
     match result {
         Ok(code) => code,

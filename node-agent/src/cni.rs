@@ -102,7 +102,13 @@ pub struct Install {
 }
 
 /// Puts the plugin in place and keeps it there. Runs as long as the agent: what is wrong is said, once, and tried again.
-pub async fn keep_installed(install: Install, status: watch::Sender<PluginStatus>) {
+///
+/// `retiring` ends it, and takes out what was put in.
+pub async fn keep_installed(
+    install: Install,
+    status: watch::Sender<PluginStatus>,
+    mut retiring: watch::Receiver<bool>,
+) {
     let mut token: Option<(String, Instant)> = None;
     loop {
         let (job, known) = (install.clone(), token.clone());
@@ -125,8 +131,17 @@ pub async fn keep_installed(install: Install, status: watch::Sender<PluginStatus
                 }
             }
         }
-        tokio::time::sleep(LOOK).await;
+        let _ = tokio::time::timeout(LOOK, retiring.wait_for(|retiring| *retiring)).await;
+        if *retiring.borrow() {
+            break;
+        }
     }
+    let node = install.node.clone();
+    let done = tokio::task::spawn_blocking(move || node.remove()).await;
+    status.send_replace(match done.map_err(anyhow::Error::from).and_then(|done| Ok(done?)) {
+        Ok(()) => PluginStatus::NotManaged,
+        Err(error) => PluginStatus::Failed { error: format!("{error:#}") },
+    });
 }
 
 impl Install {

@@ -43,6 +43,7 @@ pub struct Views {
     pub plugin: watch::Receiver<PluginStatus>,
     pub node: String,
     pub drain: watch::Sender<bool>,
+    pub retire: watch::Sender<bool>,
 }
 
 pub type Reply = Response<Full<Bytes>>;
@@ -144,10 +145,20 @@ impl Views {
                 self.drain.send_replace(true);
                 text(StatusCode::OK, "draining\n")
             }
+            (&Method::POST, "/retire") => self.retire(),
             _ => not_found(
-                "GET /config_dump, GET /status, GET /readyz, GET or PUT /logging?level=FILTER, POST /drain",
+                "GET /config_dump, GET /status, GET /readyz, GET or PUT /logging?level=FILTER, POST /drain, POST /retire",
             ),
         }
+    }
+
+    fn retire(&self) -> Reply {
+        let pods = self.enrollment.borrow().pods.len();
+        if pods > 0 {
+            return text(StatusCode::CONFLICT, format!("{pods} pods of this node are still in the mesh\n"));
+        }
+        self.retire.send_replace(true);
+        text(StatusCode::OK, "retiring\n")
     }
 
     fn dump(&self) -> serde_json::Value {

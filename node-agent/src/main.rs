@@ -76,6 +76,9 @@ enum Command {
     Ready(Admin),
     /// Print what the agent of this node says of itself, as JSON; `weft check` reads it
     Status(Admin),
+    /// Take the CNI plugin out of this node's network configuration, and have the kernel's part removed when the agent
+    /// stops. For an uninstallation, once no pod of the node is in the mesh; refused before
+    Retire(Admin),
     /// Take every pod of this node out of the mesh at once: removes the pinned kernel programs and maps. For a node
     /// whose agent is gone for good; new connections are plain TCP from then on
     BreakGlass(KernelFlags),
@@ -120,6 +123,7 @@ fn main() -> ExitCode {
         }
         Some(Command::Ready(admin)) => admin::ready(&admin.admin_socket),
         Some(Command::Status(admin)) => admin::status(&admin.admin_socket),
+        Some(Command::Retire(admin)) => admin::retire(&admin.admin_socket),
         Some(Command::BreakGlass(flags)) => Kernel::break_glass(&flags.options()).map_err(Into::into),
         None => run(cli.settings),
     };
@@ -150,10 +154,10 @@ fn run(settings: Settings) -> anyhow::Result<()> {
     if !report.ok() {
         bail!("this kernel lacks what the agent needs:\n{report}");
     }
-    let kernel = Arc::new(Kernel::open(options).context("preparing the kernel's part")?);
+    let kernel = Arc::new(Kernel::open(options.clone()).context("preparing the kernel's part")?);
     // Control traffic, admin and metrics have a runtime of their own, so that the data path never waits for them.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(serve(config, kernel))
+    runtime.block_on(serve(config, kernel, options))
 }
 
 /// To the hard limit: every connection has two sockets, and the usual soft limit of 1024 is that of programs that call
@@ -169,7 +173,7 @@ fn raise_descriptor_limit() {
     }
 }
 
-async fn serve(config: Arc<Config>, kernel: Arc<Kernel>) -> anyhow::Result<()> {
+async fn serve(config: Arc<Config>, kernel: Arc<Kernel>, options: Options) -> anyhow::Result<()> {
     let metrics = Arc::new(Metrics::new(kernel.clone()));
     let endpoint = controller::endpoint(&config)?;
     let controller = Controller::new(&endpoint)?;
@@ -196,10 +200,11 @@ async fn serve(config: Arc<Config>, kernel: Arc<Kernel>) -> anyhow::Result<()> {
     if let Some(socket) = &config.cni_socket {
         cni::serve(socket, asked_tx)?;
     }
+    let (retire, retiring) = watch::channel(false);
     let (plugin_tx, plugin) = watch::channel(PluginStatus::NotManaged);
     if let Some(install) = &config.cni_install {
         plugin_tx.send_replace(PluginStatus::Unknown);
-        tokio::spawn(cni::keep_installed(install.clone(), plugin_tx));
+        tokio::spawn(cni::keep_installed(install.clone(), plugin_tx, retiring.clone()));
     }
     let enroller = Enroller {
         kernel,
@@ -232,6 +237,7 @@ async fn serve(config: Arc<Config>, kernel: Arc<Kernel>) -> anyhow::Result<()> {
         plugin,
         node: config.node.clone(),
         drain: drain.clone(),
+        retire,
     };
     http::start(views, config.metrics_listen, config.ready_listen, &config.admin_socket)?;
 
@@ -248,6 +254,10 @@ async fn serve(config: Arc<Config>, kernel: Arc<Kernel>) -> anyhow::Result<()> {
     match tokio::time::timeout(config.drain_deadline, enrolling).await {
         Ok(_) => info!("drained"),
         Err(_) => warn!("the deadline has passed; what is still open is cut"),
+    }
+    if *retiring.borrow() {
+        Kernel::break_glass(&options).context("removing the kernel's part")?;
+        info!("retired: nothing of the mesh is left on this node");
     }
     Ok(())
 }

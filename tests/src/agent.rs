@@ -19,7 +19,7 @@ use crate::http::get;
 use crate::metrics::Metrics;
 use crate::place::Place;
 use crate::poll::until;
-use crate::process::Process;
+use crate::process::{Process, run_ok};
 use crate::relay::Relay;
 
 const READY_TIMEOUT: Duration = Duration::from_secs(30);
@@ -181,6 +181,14 @@ impl Agent {
     /// The private bpffs that it pins in.
     pub fn bpffs(&self) -> PathBuf {
         self.place.dir().join("bpffs")
+    }
+
+    /// `weft-agent break-glass` on its node.
+    pub fn break_glass(&self) -> Result<()> {
+        let (instance, bpffs) = (self.instance(), self.bpffs());
+        let flags = ["break-glass", "--instance", &instance, "--bpffs", &bpffs.to_string_lossy()];
+        let command = self.place.command(&binary("weft-agent")?, flags);
+        run_ok(command, Duration::from_secs(10)).map(drop)
     }
 
     fn admin_socket(&self) -> PathBuf {

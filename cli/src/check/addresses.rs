@@ -7,9 +7,10 @@ use weft_api::Node;
 
 use super::{
     report::{Check, Outcome},
-    view::{Installed, Part, View},
+    view::{Installed, View},
 };
 use crate::chart::Values;
+use crate::cluster::Part;
 
 const HINT: &str = "say where pods have their addresses: --set mesh.podNetworks=10.0.0.0/8 (comma-separated), with \
     `weft install` or `weft upgrade`; what is in no known range is not captured";

@@ -10,8 +10,10 @@ use super::{
     nodes::name,
     report::{Check, Outcome},
     server::{CLOCK_HINT, MAX_SKEW, NOTABLE_SKEW, by},
-    view::{Answer, Installed, Part, View},
+    view::{Installed, View},
 };
+use crate::agents::Answer;
+use crate::cluster::Part;
 
 pub fn checks(view: &View, installed: &Installed) -> Vec<Check> {
     let namespace = &view.namespace;

@@ -4,8 +4,9 @@ use serde_json::Value;
 
 use super::{
     report::{Check, Outcome},
-    view::{Installed, Part, View},
+    view::{Installed, View},
 };
+use crate::cluster::Part;
 
 pub fn checks(view: &View, installed: &Installed) -> Vec<Check> {
     let namespace = &view.namespace;

@@ -8,8 +8,9 @@ use x509_parser::prelude::{FromDer, Pem, X509Certificate};
 use super::{
     report::{Check, Outcome},
     server::by,
-    view::{Installed, View, seconds},
+    view::{Installed, View},
 };
+use crate::cluster::seconds;
 
 const DAY: f64 = 24.0 * 3600.0;
 /// Time to plan a change of the root.

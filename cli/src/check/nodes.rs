@@ -9,9 +9,10 @@ use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use super::{
     report::{Check, Outcome},
     server::{CLOCK_HINT, MAX_SKEW, by},
-    view::{View, seconds},
+    view::View,
 };
 use crate::cluster::Cluster;
+use crate::cluster::seconds;
 
 /// The first kernel with everything that the agent needs.
 const KERNEL: (u32, u32) = (5, 17);

@@ -6,8 +6,9 @@ use weft_api::Pod;
 
 use super::{
     report::{Check, Outcome},
-    view::{Installed, Part, View},
+    view::{Installed, View},
 };
+use crate::cluster::Part;
 
 pub fn checks(view: &View, installed: &Installed) -> Vec<Check> {
     let namespace = &view.namespace;

@@ -8,8 +8,9 @@ use weft_api::Pod;
 
 use super::{
     report::{Check, Outcome},
-    view::{Installed, Part, View},
+    view::{Installed, View},
 };
+use crate::cluster::Part;
 
 const TUNNEL: u64 = 15008;
 

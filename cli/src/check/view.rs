@@ -3,24 +3,22 @@
 
 use std::{
     collections::BTreeMap,
-    time::{Duration, Instant, SystemTime},
+    time::{Instant, SystemTime},
 };
 
 use anyhow::Result;
 use futures_util::{StreamExt, stream};
 use serde_json::Value;
-use weft_api::{Namespace, Pod, ServiceCidr, agent::AgentStatus};
+use weft_api::{Namespace, Pod, ServiceCidr};
 
 use crate::{
+    agents::{self, Agents},
     chart::{self, Values},
-    cluster::{Cluster, Server},
+    cluster::{Cluster, Part, Server, part, path, seconds},
 };
 
-/// Agents asked at a time.
+/// Objects looked for at a time.
 const CONCURRENCY: usize = 16;
-
-/// A part of the view, or why it is not there.
-pub type Part<T> = Result<T, String>;
 
 /// What both kinds of check look at.
 pub struct View {
@@ -48,15 +46,7 @@ pub struct Installed {
     pub root: Part<Option<Value>>,
     pub policies: Part<Vec<Value>>,
     /// What each node's agent says, by node.
-    pub agents: BTreeMap<String, Part<Answer>>,
-}
-
-/// An agent's answer.
-pub struct Answer {
-    pub status: AgentStatus,
-    /// How far its clock is ahead of this machine's, in seconds; true to within the time that asking took.
-    pub skew: f64,
-    pub took: f64,
+    pub agents: Agents,
 }
 
 impl View {
@@ -105,10 +95,7 @@ impl Installed {
             format!("{apps}/daemonsets/weft-agent"),
             format!("{core}/configmaps/weft-root"),
         );
-        let (pods, events) = (
-            format!("{core}/pods?labelSelector=app.kubernetes.io%2Fpart-of%3Dweft"),
-            format!("{core}/events?fieldSelector=type%3DWarning"),
-        );
+        let (pods, events) = (agents::path(namespace), format!("{core}/events?fieldSelector=type%3DWarning"));
         let (missing, control, agent, pods, events, root, policies) = tokio::join!(
             missing(cluster, namespace),
             cluster.find(&control),
@@ -119,7 +106,7 @@ impl Installed {
             cluster.list("/apis/networking.k8s.io/v1/networkpolicies"),
         );
         let pods = part(pods);
-        let agents = agents(cluster, namespace, pods.as_deref().unwrap_or_default()).await;
+        let agents = agents::ask_all(cluster, namespace, pods.as_deref().unwrap_or_default()).await;
         Self {
             missing: part(missing),
             control: part(control),
@@ -146,32 +133,6 @@ impl Installed {
     }
 }
 
-/// Asks every agent that runs.
-async fn agents(cluster: &Cluster, namespace: &str, pods: &[Value]) -> BTreeMap<String, Part<Answer>> {
-    let mut newest: BTreeMap<&str, &Value> = BTreeMap::new();
-    for pod in pods.iter().filter(|pod| pod["metadata"]["labels"]["app.kubernetes.io/name"] == "weft-agent") {
-        // While one is replaced there are two on a node; the one that goes does not count.
-        if pod["metadata"]["deletionTimestamp"].is_null() && pod["status"]["phase"] == "Running" {
-            newest.insert(pod["spec"]["nodeName"].as_str().unwrap_or_default(), pod);
-        }
-    }
-    let ask = |(node, pod): (&str, &Value)| {
-        let (node, pod) = (node.to_owned(), pod["metadata"]["name"].as_str().unwrap_or_default().to_owned());
-        async move {
-            let asked = Instant::now();
-            let printed = cluster.exec(namespace, &pod, "weft-agent", &["/weft-agent", "status"]).await;
-            let took = asked.elapsed();
-            let answer = printed.and_then(|text| {
-                let status: AgentStatus = serde_json::from_str(&text)?;
-                let skew = status.time - seconds(SystemTime::now() - took / 2);
-                Ok(Answer { status, skew, took: took.as_secs_f64() })
-            });
-            (node, part(answer))
-        }
-    };
-    stream::iter(newest.into_iter().map(ask)).buffer_unordered(CONCURRENCY).collect().await
-}
-
 /// What `weft install` would make and is not there.
 async fn missing(cluster: &Cluster, namespace: &str) -> Result<Vec<String>> {
     let objects = chart::objects(&Values::default(), namespace)?;
@@ -192,26 +153,4 @@ async fn missing(cluster: &Cluster, namespace: &str) -> Result<Vec<String>> {
         }
     }
     Ok(missing)
-}
-
-/// Where the API server has an object. Every kind that we install has a regular plural.
-pub fn path(object: &Value) -> String {
-    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-    let (version, metadata) = (text(&object["apiVersion"]), &object["metadata"]);
-    let root = if version.contains('/') { "apis" } else { "api" };
-    let namespace = match metadata["namespace"].as_str() {
-        Some(namespace) => format!("namespaces/{namespace}/"),
-        None => String::new(),
-    };
-    let plural = format!("{}s", text(&object["kind"]).to_lowercase());
-    format!("/{root}/{version}/{namespace}{plural}/{}", text(&metadata["name"]))
-}
-
-/// Seconds since 1970.
-pub fn seconds(time: SystemTime) -> f64 {
-    time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO).as_secs_f64()
-}
-
-fn part<T>(result: Result<T>) -> Part<T> {
-    result.map_err(|error| format!("{error:#}"))
 }

@@ -185,6 +185,9 @@ impl Engines {
         // Helm makes the namespace itself where it is asked to.
         let namespace = format!("v1 Namespace {}", settings.namespace);
         ensure!(weft.remove(&namespace).is_some(), "weft install makes no {namespace}");
+        // And keeps an installation's settings in its own way.
+        let kept = format!("v1 ConfigMap {}/weft-settings", settings.namespace);
+        ensure!(weft.remove(&kept).is_some(), "weft install makes no {kept}");
         let found = differences(&helm, &weft);
         ensure!(found.is_empty(), "Helm and weft install differ:\n  {}", found.join("\n  "));
         ensure!(helm.len() >= 10, "the chart has only {} objects", helm.len());

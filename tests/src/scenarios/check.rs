@@ -7,13 +7,11 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair};
 use serde_json::Value;
-use weft_testbed::binaries::binary;
 use weft_testbed::cluster::Builder;
 use weft_testbed::kubernetes::KubeCluster;
 use weft_testbed::poll::until;
-use weft_testbed::process::run_bounded;
 
-use crate::kubernetes::{install, open_shop, start};
+use crate::kubernetes::{install, open_shop, start, weft};
 use crate::runner::Scenario;
 
 pub const SCENARIOS: &[Scenario] = &[Scenario::new(
@@ -192,13 +190,6 @@ fn find<'a>(report: &'a Value, what: &str) -> Option<&'a Value> {
     let categories = report["categories"].as_array()?.iter();
     let mut checks = categories.filter_map(|category| category["checks"].as_array()).flatten();
     checks.find(|check| check["description"].as_str().is_some_and(|text| text.contains(what)))
-}
-
-/// Runs `weft` as the cluster's administrator.
-fn weft(kube: &KubeCluster, arguments: &[&str]) -> Result<Output> {
-    let mut command = kube.control_plane().command(&binary("weft")?);
-    command.args(arguments);
-    run_bounded(command, Duration::from_secs(120))
 }
 
 fn text(output: &Output) -> String {

@@ -1,6 +1,7 @@
 //! Stories of a real Kubernetes cluster: two nodes with containerd and kubelets, on this machine.
 
 use std::net::IpAddr;
+use std::process::Output;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -12,6 +13,7 @@ use weft_testbed::http::get;
 use weft_testbed::kubernetes::{KubeCluster, obstacle};
 use weft_testbed::metrics::Metrics;
 use weft_testbed::poll::{pause, until};
+use weft_testbed::process::run_bounded;
 
 use crate::runner::{Scenario, Skipped};
 use crate::shop::marker;
@@ -279,14 +281,17 @@ fn birth(cluster: Builder) -> Result<()> {
     kube.wait_ready("shop", &["orphan"], Duration::from_secs(120)).context("with the agent back")?;
     wait_enrolled(&kube, &["web", "client", "orphan"])?;
 
-    // And out again, as the documentation says it: pods start as they did before there was a mesh.
-    kube.kubectl(["label", "namespace", "shop", "weft.dev/mesh-"])?;
-    wait_unenrolled(&kube)?;
-    kube.delete(&manifests()?)?;
+    // And out again, with the label still there and calls all the time: none is refused, and nothing is left.
+    let traffic = Calls::start(&kube, &url)?;
+    let output = weft(&kube, &["uninstall", "--yes"])?;
+    ensure!(output.status.success(), "weft uninstall: {}", String::from_utf8_lossy(&output.stderr));
+    let (calls, failed) = traffic.stop(&kube)?;
+    ensure!(calls > 20 && failed == 0, "{failed} of {calls} calls failed while the mesh was taken away");
+    let left = kube.kubectl(["get", "namespaces,clusterroles,clusterrolebindings,crds", "-o", "name"])?;
+    ensure!(!left.contains("weft"), "something is left in the cluster:\n{left}");
     for node in kube.nodes() {
-        node.run("/opt/cni/bin/weft-cni", &["uninstall"])?;
-        let left =
-            node.run("sh", &["-c", "ls -A /etc/cni/net.d /opt/cni/bin; cat /etc/cni/net.d/*.conflist"])?;
+        let places = "ls -A /etc/cni/net.d /opt/cni/bin /sys/fs/bpf; cat /etc/cni/net.d/*.conflist";
+        let left = node.run("sh", &["-c", places])?;
         ensure!(!left.contains("weft"), "something is left in {}:\n{left}", node.place().name());
     }
     kube.apply(&sleeper("afterwards", "shop"))?;
@@ -401,12 +406,11 @@ pub fn install(kube: &KubeCluster) -> Result<()> {
     Ok(())
 }
 
-/// What `weft install` prints.
-fn manifests() -> Result<String> {
-    let output =
-        std::process::Command::new(binary("weft")?).arg("install").output().context("weft install")?;
-    ensure!(output.status.success(), "weft install: {}", String::from_utf8_lossy(&output.stderr));
-    Ok(String::from_utf8(output.stdout)?)
+/// Runs `weft` as the cluster's administrator.
+pub fn weft(kube: &KubeCluster, arguments: &[&str]) -> Result<Output> {
+    let mut command = kube.control_plane().command(&binary("weft")?);
+    command.args(arguments);
+    run_bounded(command, Duration::from_secs(240))
 }
 
 fn wait_unenrolled(kube: &KubeCluster) -> Result<()> {

@@ -31,6 +31,11 @@ pub const SCENARIOS: &[Scenario] = &[
         "a new agent takes over and dies: the old one ends, to be started again",
         rollback,
     ),
+    Scenario::new(
+        "break_glass",
+        "agents are gone for good: break-glass frees their nodes' pods",
+        break_glass,
+    ),
     Scenario::new("agent_upgrade", "a new agent takes over: no connection refused, none cut", upgrade),
     Scenario::new(
         "leaves_nothing_behind",
@@ -225,6 +230,24 @@ fn rollback(cluster: Builder) -> Result<()> {
     ensure!(!status.success(), "it ended with {status}, with which no supervisor starts it again");
     agent.start()?;
     shop.check_echo(&secret).context("started again")
+}
+
+fn break_glass(cluster: Builder) -> Result<()> {
+    let shop = Shop::open_enrolled(cluster)?;
+    let secret = marker("glass");
+    shop.check_echo(&secret).context("in the mesh")?;
+    for agent in shop.cluster.agents() {
+        agent.kill()?;
+    }
+    ensure!(shop.check_echo(&secret).is_err(), "without agents the pods still talk");
+    for agent in shop.cluster.agents() {
+        agent.break_glass()?;
+        let names = std::fs::read_dir(agent.bpffs())?.flatten().map(|entry| entry.file_name());
+        // A BPF file system has files of its own.
+        let left: Vec<_> = names.filter(|name| !name.to_string_lossy().ends_with(".debug")).collect();
+        ensure!(left.is_empty(), "pins of {} are left: {left:?}", agent.node());
+    }
+    shop.check_echo(&secret).context("freed")
 }
 
 /// A bed that works, says which kernel objects it holds, and waits.
