@@ -103,7 +103,10 @@ pub fn remove_all(options: &Options) -> Result<(), Error> {
         }
         remove_tree(&dir)?;
     }
-    remove_tree(&instance)
+    remove_tree(&instance)?;
+    // It stays where other instances are in it.
+    let _ = instance.parent().map(fs::remove_dir);
+    Ok(())
 }
 
 fn remove_tree(dir: &Path) -> Result<(), Error> {
