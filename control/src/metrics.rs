@@ -47,6 +47,7 @@ pub struct Metrics {
     pub pods_enrolled: Gauge,
     pub enrollment_failures: Family<NodeLabel, Gauge>,
     pub snapshots: Counter,
+    pub leader: Gauge,
     ready: Arc<AtomicBool>,
 }
 
@@ -107,6 +108,11 @@ impl Metrics {
             m.enrollment_failures.clone(),
         );
         registry.register("snapshots", "States published", m.snapshots.clone());
+        registry.register(
+            "leader",
+            "1 on the replica that writes status, 0 on the others and where no cluster is",
+            m.leader.clone(),
+        );
         registry.register_collector(Box::new(XdsStats(xds)));
         registry
     }

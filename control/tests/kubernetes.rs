@@ -296,3 +296,22 @@ async fn the_root_is_made_once_and_a_damaged_one_is_not_replaced() {
     let error = String::from_utf8(output.unwrap().stderr).unwrap();
     assert!(error.contains("Secret weft-system/weft-ca is not usable: has no root.key"), "{error}");
 }
+
+#[tokio::test]
+async fn one_replica_leads_and_hands_over() {
+    let cluster = Cluster::new();
+    let mut one = cluster.start();
+    counts(&one, "weft_control_leader 1").await;
+    let other = cluster.start();
+    ready(&other).await;
+    let lease = || cluster.api.get("leases", "weft-system", "weft-control").unwrap()["spec"].clone();
+    let first = lease();
+    assert_eq!((&first["leaseDurationSeconds"], &first["leaseTransitions"]), (&json!(15), &json!(0)));
+    assert!(get(&other.metrics, "/metrics").await.contains("weft_control_leader 0"));
+    let id = nix::unistd::Pid::from_raw(one.child.id().cast_signed());
+    nix::sys::signal::kill(id, nix::sys::signal::Signal::SIGTERM).unwrap();
+    assert!(one.child.wait().unwrap().success());
+    assert_eq!(lease()["holderIdentity"], "", "not given up");
+    counts(&other, "weft_control_leader 1").await;
+    assert_ne!(lease()["holderIdentity"], first["holderIdentity"]);
+}

@@ -3,6 +3,7 @@
 
 pub mod authority;
 pub mod enrollment;
+pub mod lease;
 
 use std::{future::Future, time::Duration};
 
