@@ -95,7 +95,8 @@ mod tests {
         for object in &objects {
             let (kind, name) =
                 (object["kind"].as_str().unwrap(), object["metadata"]["name"].as_str().unwrap());
-            let cluster_wide = ["Namespace", "ClusterRole", "ClusterRoleBinding"].contains(&kind);
+            let cluster_wide = ["Namespace", "CustomResourceDefinition", "ClusterRole", "ClusterRoleBinding"]
+                .contains(&kind);
             let namespace = object["metadata"]["namespace"].as_str();
             assert_eq!(namespace, (!cluster_wide).then_some("mesh"), "{kind} {name}");
         }

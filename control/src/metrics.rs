@@ -104,7 +104,7 @@ impl Metrics {
         registry.register("pods_enrolled", "Pods announced as reachable by tunnel", m.pods_enrolled.clone());
         registry.register(
             "enrollment_failures",
-            "Pods an agent could not enrol, as of its last report",
+            "Pods that labels want in the mesh and that their node's agent cannot enrol",
             m.enrollment_failures.clone(),
         );
         registry.register("snapshots", "States published", m.snapshots.clone());

@@ -161,7 +161,7 @@ async fn from_cluster(
     tokio::spawn(authority::keep_published(client.clone(), namespace.clone(), pem));
 
     let authenticator = Authenticator::reviews(Reviewer::new(client.clone(), &namespace), metrics.clone());
-    let enrollment = Enrollment::in_cluster(Records::new(client.clone(), &namespace));
+    let enrollment = Enrollment::in_cluster(Records::new(client.clone()));
     let (controller, published) = Controller::new(settings.clone(), enrollment, metrics.clone());
     let watching = Watching::Cluster { client, namespace, pod_name };
     Ok(Parts { root: Arc::new(root), authenticator, controller, published, watching, lock: None })
@@ -180,7 +180,7 @@ impl Watching {
                 let ready = async move { drop(snapshots.wait_for(Option::is_some).await) };
                 let (candidate, _leads) =
                     Candidate::start(client.clone(), &namespace, pod_name, metrics.clone(), ready);
-                tokio::spawn(kubernetes::run(client, namespace, inputs, metrics));
+                tokio::spawn(kubernetes::run(client, inputs, metrics));
                 Ok(Some(candidate))
             }
             Self::Directory(directory) => {

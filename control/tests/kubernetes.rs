@@ -10,7 +10,9 @@ use tokio::time::{Instant, sleep};
 use tonic::Code;
 use weft_xds::{ControlEndpoint, TokenSource};
 
-use self::support::{Agent, BINARY, Control, LONG, UID, WEB, api::Api, certificate, get, report};
+use self::support::{
+    Agent, BINARY, Control, LONG, UID, WEB, api::Api, certificate, get, report, report_failures,
+};
 
 /// A cluster with a node and a labelled namespace.
 struct Cluster {
@@ -91,11 +93,8 @@ impl Cluster {
     }
 
     /// What is written down of node n1.
-    fn enrolled(&self) -> String {
-        match self.api.get("configmaps", "weft-system", "weft-enrollment-n1") {
-            Some(map) => map["data"]["enrolled"].as_str().unwrap().to_owned(),
-            None => "nothing".to_owned(),
-        }
+    fn enrollment(&self) -> Option<Value> {
+        self.api.get("nodeenrollments", "", "n1").map(|object| object["status"].clone())
     }
 }
 
@@ -123,7 +122,7 @@ async fn counts(control: &Control, line: &str) {
 async fn nothing_is_served_before_everything_is_listed() {
     let cluster = Cluster::new();
     cluster.api.forbid("pods", true);
-    cluster.api.lack("servicecidrs");
+    cluster.api.lack("servicecidrs", true);
     let control = cluster.start();
     let line = control.logged("cannot watch pods");
     assert!(line.contains("403") && line.contains("RBAC"), "{line}");
@@ -173,13 +172,12 @@ async fn a_pod_enters_the_mesh_and_stays_over_a_restart() {
     assert_eq!(report(&endpoint, &[UID]).await, Err(Code::Unavailable), "nobody would report it again");
     cluster.pod("web", "10.1.0.2");
     agent.until(false, true).await;
-    assert_eq!(cluster.enrolled(), "nothing");
+    assert_eq!(cluster.enrollment(), None);
     report(&endpoint, &[UID]).await.unwrap();
     agent.until(true, true).await;
-    assert_eq!(
-        serde_json::from_str::<Value>(&cluster.enrolled()).unwrap(),
-        json!([{"uid": UID, "pod_uid": "uid-web", "addresses": ["10.1.0.2"]}])
-    );
+    let enrolled = json!([{"uid": UID, "podUID": "uid-web", "addresses": ["10.1.0.2"]}]);
+    let whole = json!({"enrolledPods": 1, "failedPods": 0, "enrolled": enrolled, "failures": []});
+    assert_eq!(cluster.enrollment(), Some(whole));
     let root = endpoint.ca_pem.clone();
     drop(control);
 
@@ -191,7 +189,10 @@ async fn a_pod_enters_the_mesh_and_stays_over_a_restart() {
     agent.until(true, true).await;
     cluster.label("disabled");
     agent.until(false, false).await;
-    eventually("its end is written down", async || cluster.enrolled() == "[]").await;
+    let nothing = json!({"enrolledPods": 0, "failedPods": 0, "enrolled": [], "failures": []});
+    eventually("its end is written down", async || cluster.enrollment().as_ref() == Some(&nothing)).await;
+    cluster.api.delete("nodes", "", "n1");
+    eventually("nothing is kept of a node that is gone", async || cluster.enrollment().is_none()).await;
 }
 
 #[tokio::test]
@@ -213,7 +214,7 @@ async fn replicas_share_what_agents_report() {
     cluster.pod("late", "10.1.0.4");
     counts(&one, "weft_control_objects{kind=\"Pod\"} 3").await;
     report(&endpoint, &["Kubernetes//Pod/shop/late"]).await.unwrap();
-    let enrolled = cluster.enrolled();
+    let enrolled = cluster.enrollment().unwrap().to_string();
     assert!(
         ["web", "db", "late"].iter().all(|name| enrolled.contains(&format!("shop/{name}"))),
         "{enrolled}"
@@ -226,16 +227,53 @@ async fn replicas_share_what_agents_report() {
 #[tokio::test]
 async fn a_damaged_record_of_the_enrolled_stops_the_start() {
     let cluster = Cluster::new();
-    let labels = json!({"weft.dev/enrollment": "true"});
-    let damaged = json!({"metadata": {"name": "weft-enrollment-n1", "namespace": "weft-system", "labels": labels},
-        "data": {"enrolled": "[{]"}});
-    cluster.api.put("configmaps", damaged);
+    let damaged = json!([{"uid": UID, "addresses": ["10.1.0"]}]);
+    cluster.api.put("nodeenrollments", json!({"metadata": {"name": "n1"}, "status": {"enrolled": damaged}}));
     let control = cluster.start();
-    let line = control.logged("weft-enrollment-n1 is not usable");
-    assert!(line.contains("delete it"), "{line}");
+    let line = control.logged("NodeEnrollment n1 is not usable");
+    assert!(line.contains("delete it") && line.contains("status.enrolled[0].addresses[0]"), "{line}");
     assert!(!is_ready(&control).await);
-    cluster.api.delete("configmaps", "weft-system", "weft-enrollment-n1");
+    cluster.api.delete("nodeenrollments", "", "n1");
     ready(&control).await;
+}
+
+#[tokio::test]
+async fn without_its_definition_the_controller_waits_for_it() {
+    let cluster = Cluster::new();
+    cluster.api.lack("nodeenrollments", true);
+    let control = cluster.start();
+    let line = control.logged("cannot watch nodeenrollments.mesh.weft.dev");
+    assert!(line.contains("weft install"), "{line}");
+    assert!(!is_ready(&control).await);
+    cluster.api.lack("nodeenrollments", false);
+    ready(&control).await;
+}
+
+#[tokio::test]
+async fn failures_are_written_down_for_every_replica() {
+    let cluster = Cluster::new();
+    cluster.pod("web", "10.1.0.2");
+    cluster.pod("db", "10.1.0.3");
+    let (one, other) = (cluster.start(), cluster.start());
+    ready(&one).await;
+    ready(&other).await;
+    let [db, stranger] = ["db", "stranger"].map(|name| format!("Kubernetes//Pod/shop/{name}"));
+    let failures = [(db.as_str(), "no such process"), (stranger.as_str(), "who?")];
+    report_failures(&cluster.endpoint(&one, AGENT), &[UID], &failures).await.unwrap();
+    let written = cluster.enrollment().unwrap();
+    assert_eq!(written["failures"], json!([{"uid": db, "message": "no such process"}]));
+    assert_eq!((&written["enrolledPods"], &written["failedPods"]), (&json!(1), &json!(1)));
+    for control in [&one, &other] {
+        counts(control, "weft_control_enrollment_failures{node=\"n1\"} 1").await;
+    }
+    // Its agent is with the other one now, and has succeeded.
+    report(&cluster.endpoint(&other, AGENT), &[UID, &db]).await.unwrap();
+    assert_eq!(cluster.enrollment().unwrap()["failures"], json!([]));
+    // What is not wanted any more cannot fail, whoever knew of it.
+    let failures = [(db.as_str(), "again")];
+    report_failures(&cluster.endpoint(&one, AGENT), &[UID], &failures).await.unwrap();
+    cluster.api.delete("pods", "shop", "db");
+    eventually("it is forgotten", async || cluster.enrollment().unwrap()["failedPods"] == 0).await;
 }
 
 #[tokio::test]

@@ -84,11 +84,7 @@ impl Api {
 
     pub fn delete(&self, plural: &str, namespace: &str, name: &str) {
         self.with(|world| {
-            let key = (plural.to_owned(), namespace.to_owned(), name.to_owned());
-            let mut object = world.objects.remove(&key).unwrap();
-            world.version += 1;
-            object["metadata"]["resourceVersion"] = json!(world.version.to_string());
-            world.tell(plural, "DELETED", &object);
+            world.delete(&(plural.to_owned(), namespace.to_owned(), name.to_owned()));
         });
     }
 
@@ -115,8 +111,11 @@ impl Api {
     }
 
     /// There is no such kind.
-    pub fn lack(&self, plural: &str) {
-        self.with(|world| world.missing.insert(plural.to_owned()));
+    pub fn lack(&self, plural: &str, missing: bool) {
+        self.with(|world| match missing {
+            true => drop(world.missing.insert(plural.to_owned())),
+            false => drop(world.missing.remove(plural)),
+        });
     }
 
     /// What a review of `token` answers.
@@ -174,6 +173,15 @@ impl Api {
                     }
                     whole(200, &world.put_in(plural, namespace, body))
                 }
+                (&Method::DELETE, Some(name)) => {
+                    let key = (plural.to_owned(), namespace.to_owned(), name.to_owned());
+                    let Some(known) = world.objects.get(&key) else { return refusal(404, "not found") };
+                    let version = &body["preconditions"]["resourceVersion"];
+                    if !version.is_null() && *version != known["metadata"]["resourceVersion"] {
+                        return refusal(409, "the object has been modified");
+                    }
+                    whole(200, &world.delete(&key))
+                }
                 (_, Some(name)) => {
                     let key = (plural.to_owned(), namespace.to_owned(), name.to_owned());
                     match world.objects.get(&key) {
@@ -188,9 +196,7 @@ impl Api {
                     let items: Vec<&Value> = world
                         .objects
                         .iter()
-                        .filter(|((p, _, _), object)| {
-                            p == plural && selected(object, query.get("labelSelector"))
-                        })
+                        .filter(|((p, _, _), _)| p == plural)
                         .map(|(_, object)| object)
                         .collect();
                     let metadata = json!({"resourceVersion": world.version.to_string()});
@@ -222,6 +228,14 @@ impl World {
         object
     }
 
+    fn delete(&mut self, key: &(String, String, String)) -> Value {
+        let mut object = self.objects.remove(key).unwrap();
+        self.version += 1;
+        object["metadata"]["resourceVersion"] = json!(self.version.to_string());
+        self.tell(&key.0, "DELETED", &object);
+        object
+    }
+
     fn tell(&mut self, plural: &str, what: &str, object: &Value) {
         let event = json!({"type": what, "object": object});
         self.history.push((self.version, plural.to_owned(), event.clone()));
@@ -241,23 +255,10 @@ impl World {
             }
             self.watches.push((plural.to_owned(), sender));
         }
-        let plural = plural.to_owned();
         let events = UnboundedReceiverStream::new(events)
-            // Only the kind that has a selector shares its path with others.
-            .filter(move |event| {
-                let is_error = event["type"] == "ERROR";
-                let wanted =
-                    is_error || plural != "configmaps" || selected(&event["object"], Some(&"enrollment"));
-                std::future::ready(wanted)
-            })
             .map(|event| Ok(Frame::data(Bytes::from(format!("{event}\n")))));
         Response::new(BodyExt::boxed(StreamBody::new(events)))
     }
-}
-
-/// Selectors are there for one label only.
-fn selected(object: &Value, selector: Option<&&str>) -> bool {
-    selector.is_none() || object["metadata"]["labels"]["weft.dev/enrollment"] == "true"
 }
 
 fn text(value: &Value) -> String {

@@ -1,5 +1,5 @@
-//! A cluster's API server as a source: one watch for each kind that Weft reads, and one for the ConfigMaps that say who
-//! is enrolled. Nothing is passed on before every one of them has listed what there is, since half a mesh reads as an
+//! A cluster's API server as a source: one watch for each kind that Weft reads, and one for the NodeEnrollments, which say
+//! who is enrolled. Nothing is passed on before every one of them has listed what there is, since half a mesh reads as an
 //! order to leave it. A watch that breaks is taken up where it was, or by a new listing that is compared with what was
 //! known ([`cache`]); meanwhile what was last known stays in force.
 //!
@@ -36,13 +36,13 @@ const QUEUE: usize = 256;
 /// How often is said what a start still waits for.
 const REMINDER: Duration = Duration::from_secs(10);
 
-/// Watches until the controller is gone. `namespace` is the controller's own.
-pub async fn run(client: Client, namespace: String, inputs: mpsc::Sender<Input>, metrics: Metrics) {
+/// Watches until the controller is gone.
+pub async fn run(client: Client, inputs: mpsc::Sender<Input>, metrics: Metrics) {
     let (sender, mut events) = mpsc::channel(QUEUE);
     for kind in Kind::ALL {
         tokio::spawn(watch::objects(client.clone(), kind, sender.clone()));
     }
-    tokio::spawn(watch::enrollment(client, namespace, sender));
+    tokio::spawn(watch::enrollment(client, sender));
     let mut source = Source::new(inputs, metrics);
     let mut reminder = interval(REMINDER);
     reminder.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -75,7 +75,7 @@ struct Source {
     metrics: Metrics,
 }
 
-/// The ConfigMaps of enrolled pods, by node.
+/// The NodeEnrollments, by node.
 #[derive(Debug, Default)]
 struct Records {
     known: BTreeMap<String, Record>,
