@@ -131,7 +131,9 @@ impl Controller {
         if self.enrollment.heard(heard, desired.as_ref()) && desired.is_some() {
             self.publish();
         }
-        self.count_failures();
+        if self.is_started() {
+            self.retain_failures();
+        }
     }
 
     fn is_started(&self) -> bool {
@@ -142,9 +144,7 @@ impl Controller {
     fn settle(&mut self) {
         let desired = translate::desired(&self.store, &self.settings);
         self.enrollment.retain(&desired);
-        let (store, settings) = (&self.store, &self.settings);
-        self.enrollment.retain_failures(|node, uid| translate::is_wanted(store, settings, node, uid));
-        self.count_failures();
+        self.retain_failures();
         self.metrics.pods_desired.set(desired.len() as i64);
         for (kind, count) in self.store.counts() {
             self.metrics.objects.get_or_create(&KindLabel { kind: kind.as_str() }).set(count as i64);
@@ -201,6 +201,13 @@ impl Controller {
         for (uid, message) in failures.iter().filter(|(uid, message)| !is_known(uid, message)) {
             tracing::warn!(target: "enrollment", node, uid, "the agent cannot enrol a pod: {message}");
         }
+    }
+
+    /// What is not to be in the mesh cannot fail to get there.
+    fn retain_failures(&mut self) {
+        let (store, settings) = (&self.store, &self.settings);
+        self.enrollment.retain_failures(|node, uid| translate::is_wanted(store, settings, node, uid));
+        self.count_failures();
     }
 
     fn count_failures(&self) {

@@ -48,6 +48,8 @@ pub struct Metrics {
     pub enrollment_failures: Family<NodeLabel, Gauge>,
     pub snapshots: Counter,
     pub leader: Gauge,
+    pub conditions_written: Counter,
+    pub conditions_failed: Counter,
     ready: Arc<AtomicBool>,
 }
 
@@ -112,6 +114,16 @@ impl Metrics {
             "leader",
             "1 on the replica that writes status, 0 on the others and where no cluster is",
             m.leader.clone(),
+        );
+        registry.register(
+            "pod_conditions_written",
+            "Conditions written on Pods, by the replica that leads",
+            m.conditions_written.clone(),
+        );
+        registry.register(
+            "pod_conditions_failed",
+            "Conditions of Pods that could not be written, and are tried again",
+            m.conditions_failed.clone(),
         );
         registry.register_collector(Box::new(XdsStats(xds)));
         registry

@@ -13,7 +13,7 @@ use weft_xds::Snapshot;
 use crate::{
     auth::{Authenticator, join::TokenKey, review::Reviewer},
     ca::Authority,
-    cluster::{self, authority, enrollment::Records, lease::Candidate},
+    cluster::{self, authority, enrollment::Records, lease::Candidate, status},
     config::{Config, Source},
     controller::{Controller, Input, Published},
     enrollment::Enrollment,
@@ -83,7 +83,7 @@ impl Server {
         serve_readiness(config.ready_listen, &metrics).await?;
         let (inputs, queue) = mpsc::channel(QUEUE);
         std::thread::Builder::new().name("controller".to_owned()).spawn(move || controller.run(queue))?;
-        let candidate = watching.start(inputs.clone(), metrics.clone(), snapshots)?;
+        let candidate = watching.start(config.mesh, inputs.clone(), metrics.clone(), snapshots)?;
         Ok(Self {
             listener,
             identity,
@@ -171,6 +171,7 @@ impl Watching {
     /// Starts it. In a cluster this replica is then a candidate for leading, once it has something to serve.
     fn start(
         self,
+        settings: MeshSettings,
         inputs: mpsc::Sender<Input>,
         metrics: Metrics,
         mut snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
@@ -178,9 +179,11 @@ impl Watching {
         match self {
             Self::Cluster { client, namespace, pod_name } => {
                 let ready = async move { drop(snapshots.wait_for(Option::is_some).await) };
-                let (candidate, _leads) =
+                let (candidate, leads) =
                     Candidate::start(client.clone(), &namespace, pod_name, metrics.clone(), ready);
-                tokio::spawn(kubernetes::run(client, inputs, metrics));
+                let (statuses, queue) = mpsc::channel(QUEUE);
+                tokio::spawn(status::run(client.clone(), settings, queue, leads, metrics.clone()));
+                tokio::spawn(kubernetes::run(client, inputs, statuses, metrics));
                 Ok(Some(candidate))
             }
             Self::Directory(directory) => {

@@ -98,6 +98,30 @@ impl Cluster {
     }
 }
 
+/// The condition of a pod: status, reason, message.
+fn condition(cluster: &Cluster, name: &str) -> Option<[String; 3]> {
+    let pod = cluster.api.get("pods", "shop", name)?;
+    let conditions = pod["status"]["conditions"].as_array()?;
+    let ours = conditions.iter().find(|condition| condition["type"] == "weft.dev/Enrolled")?;
+    Some(["status", "reason", "message"].map(|field| ours[field].as_str().unwrap().to_owned()))
+}
+
+async fn becomes(cluster: &Cluster, name: &str, expected: [&str; 3]) {
+    let words = format!("{name} is {expected:?}");
+    eventually(&words, async || condition(cluster, name).is_some_and(|now| now == expected)).await;
+}
+
+async fn snapshots(control: &Control) -> String {
+    let metrics = get(&control.metrics, "/metrics").await;
+    metrics.lines().find(|line| line.starts_with("weft_control_snapshots_total")).unwrap().to_owned()
+}
+
+fn terminate(control: &mut Control) {
+    let id = nix::unistd::Pid::from_raw(control.child.id().cast_signed());
+    nix::sys::signal::kill(id, nix::sys::signal::Signal::SIGTERM).unwrap();
+    assert!(control.child.wait().unwrap().success());
+}
+
 async fn eventually(what: &str, holds: impl AsyncFn() -> bool) {
     let deadline = Instant::now() + LONG;
     while !holds().await {
@@ -346,10 +370,94 @@ async fn one_replica_leads_and_hands_over() {
     let first = lease();
     assert_eq!((&first["leaseDurationSeconds"], &first["leaseTransitions"]), (&json!(15), &json!(0)));
     assert!(get(&other.metrics, "/metrics").await.contains("weft_control_leader 0"));
-    let id = nix::unistd::Pid::from_raw(one.child.id().cast_signed());
-    nix::sys::signal::kill(id, nix::sys::signal::Signal::SIGTERM).unwrap();
-    assert!(one.child.wait().unwrap().success());
+    terminate(&mut one);
     assert_eq!(lease()["holderIdentity"], "", "not given up");
     counts(&other, "weft_control_leader 1").await;
     assert_ne!(lease()["holderIdentity"], first["holderIdentity"]);
+}
+
+#[tokio::test]
+async fn pods_say_whether_they_are_in_the_mesh() {
+    let cluster = Cluster::new();
+    cluster.pod("web", "10.1.0.2");
+    let (one, other) = (cluster.start(), cluster.start());
+    ready(&one).await;
+    ready(&other).await;
+    let waiting = "the agent of node n1 has not reported it; does it run there?";
+    becomes(&cluster, "web", ["False", "Waiting", waiting]).await;
+    let time =
+        || cluster.api.patches().last().unwrap()["status"]["conditions"][0]["lastTransitionTime"].clone();
+    let since = time();
+
+    // Whichever replica is told, the one that leads writes it.
+    for control in [&one, &other] {
+        let endpoint = cluster.endpoint(control, AGENT);
+        let message = format!("cannot, says {}", control.agents);
+        report_failures(&endpoint, &[], &[(UID, &message)]).await.unwrap();
+        becomes(&cluster, "web", ["False", "Failed", &message]).await;
+        assert_eq!(time(), since, "its status did not change");
+    }
+    // Beside what others write there.
+    let mut pod = cluster.api.get("pods", "shop", "web").unwrap();
+    pod["status"]["conditions"].as_array_mut().unwrap().push(json!({"type": "Ready", "status": "True"}));
+    cluster.api.put("pods", pod);
+    report(&cluster.endpoint(&one, AGENT), &[UID]).await.unwrap();
+    becomes(&cluster, "web", ["True", "Enrolled", ""]).await;
+    assert_eq!(cluster.api.get("pods", "shop", "web").unwrap()["status"]["conditions"][0]["type"], "Ready");
+
+    // All of that was written once, and what is written does not come back as news of the mesh.
+    let published = [snapshots(&one).await, snapshots(&other).await];
+    sleep(Duration::from_secs(1)).await;
+    assert_eq!([snapshots(&one).await, snapshots(&other).await], published);
+    let patches = cluster.api.patches();
+    assert_eq!(patches.len(), 4, "{patches:?}");
+
+    cluster.label("disabled");
+    becomes(&cluster, "web", ["False", "NotInMesh", "labels do not want it in the mesh"]).await;
+    // A pod that has nothing to do with the mesh is left alone.
+    cluster.pod("db", "10.1.0.3");
+    sleep(Duration::from_secs(1)).await;
+    assert_eq!(condition(&cluster, "db"), None);
+    assert_eq!(cluster.api.patches().len(), 5);
+}
+
+#[tokio::test]
+async fn who_begins_to_lead_writes_what_is_missing() {
+    let cluster = Cluster::new();
+    cluster.pod("web", "10.1.0.2");
+    cluster.api.forbid("pods/status", true);
+    let mut one = cluster.start();
+    counts(&one, "weft_control_leader 1").await;
+    let other = cluster.start();
+    ready(&other).await;
+    report(&cluster.endpoint(&one, AGENT), &[UID]).await.unwrap();
+    let line = one.logged("cannot write condition");
+    assert!(line.contains("403") && line.contains("RBAC"), "{line}");
+    terminate(&mut one);
+    counts(&other, "weft_control_leader 1").await;
+    assert_eq!(condition(&cluster, "web"), None);
+    cluster.api.forbid("pods/status", false);
+    // It has been refused, too, and tries again.
+    becomes(&cluster, "web", ["True", "Enrolled", ""]).await;
+    // A pod that comes and goes is no trouble; somebody who takes the condition away is put right.
+    cluster.pod("web", "10.1.0.2");
+    becomes(&cluster, "web", ["True", "Enrolled", ""]).await;
+}
+
+#[tokio::test]
+async fn conditions_are_written_at_a_bounded_rate() {
+    let cluster = Cluster::new();
+    let names: Vec<String> = (0..45).map(|n| format!("p{n}")).collect();
+    for (n, name) in names.iter().enumerate() {
+        cluster.pod(name, &format!("10.1.0.{}", n + 2));
+    }
+    let control = cluster.start();
+    counts(&control, "weft_control_leader 1").await;
+    let uids: Vec<String> = names.iter().map(|name| format!("Kubernetes//Pod/shop/{name}")).collect();
+    let uids: Vec<&str> = uids.iter().map(String::as_str).collect();
+    let start = Instant::now();
+    report(&cluster.endpoint(&control, AGENT), &uids).await.unwrap();
+    eventually("all are written", async || cluster.api.patches().len() >= names.len()).await;
+    assert!(start.elapsed() > Duration::from_millis(44 * 50 - 100), "{:?}", start.elapsed());
+    counts(&control, "weft_control_pod_conditions_written_total 45").await;
 }

@@ -36,6 +36,8 @@ struct World {
     /// Token to the status of its review.
     tokens: BTreeMap<String, Value>,
     reviews: usize,
+    /// Of Pods' status.
+    patches: Vec<Value>,
 }
 
 /// Cheap to clone: every clone is the same server.
@@ -127,6 +129,11 @@ impl Api {
         self.with(|world| world.reviews)
     }
 
+    /// What was written on Pods' status, one after the other.
+    pub fn patches(&self) -> Vec<Value> {
+        self.with(|world| world.patches.clone())
+    }
+
     async fn answer(&self, request: Request<Incoming>) -> Response<Body> {
         let (parts, body) = request.into_parts();
         let body = body.collect().await.unwrap().to_bytes();
@@ -145,8 +152,10 @@ impl Api {
             if world.missing.contains(plural) {
                 return refusal(404, "the server could not find the requested resource");
             }
-            if world.forbidden.contains(plural) {
-                return refusal(403, &format!("{plural} is forbidden"));
+            let subresource = rest.get(2).map(|subresource| format!("{plural}/{subresource}"));
+            let what = subresource.as_deref().unwrap_or(plural);
+            if world.forbidden.contains(what) {
+                return refusal(403, &format!("{what} is forbidden"));
             }
             match (&parts.method, name) {
                 (&Method::POST, None) if plural == "tokenreviews" => {
@@ -172,6 +181,11 @@ impl Api {
                         return refusal(409, "the object has been modified");
                     }
                     whole(200, &world.put_in(plural, namespace, body))
+                }
+                (&Method::PATCH, Some(name)) => {
+                    assert_eq!(what, "pods/status");
+                    assert_eq!(parts.headers["content-type"], "application/strategic-merge-patch+json");
+                    world.patch(namespace, name, body)
                 }
                 (&Method::DELETE, Some(name)) => {
                     let key = (plural.to_owned(), namespace.to_owned(), name.to_owned());
@@ -226,6 +240,24 @@ impl World {
         let known = self.objects.insert(key, object.clone());
         self.tell(plural, if known.is_some() { "MODIFIED" } else { "ADDED" }, &object);
         object
+    }
+
+    /// A patch of a Pod's conditions, which merge by their type.
+    fn patch(&mut self, namespace: &str, name: &str, patch: Value) -> Response<Body> {
+        let key = ("pods".to_owned(), namespace.to_owned(), name.to_owned());
+        let Some(mut pod) = self.objects.get(&key).cloned() else { return refusal(404, "not found") };
+        if pod["metadata"]["uid"] != patch["metadata"]["uid"] {
+            return refusal(409, "the UID in the precondition is another one");
+        }
+        let conditions = &mut pod["status"]["conditions"];
+        let mut merged = conditions.as_array().cloned().unwrap_or_default();
+        for new in patch["status"]["conditions"].as_array().unwrap() {
+            merged.retain(|old| old["type"] != new["type"]);
+            merged.push(new.clone());
+        }
+        *conditions = json!(merged);
+        self.patches.push(patch);
+        whole(200, &self.put_in("pods", namespace, pod))
     }
 
     fn delete(&mut self, key: &(String, String, String)) -> Value {
