@@ -104,10 +104,15 @@ mod tests {
 
     #[test]
     fn settings_reach_the_objects() {
-        let objects =
-            objects(&["mesh.trustDomain=example.org", "image.tag=1.2", "agent.drainDeadline=7"]).unwrap();
+        let objects = objects(&[
+            "mesh.trustDomain=example.org",
+            "image.tag=1.2",
+            "agent.drainDeadline=7",
+            "control.replicas=3",
+        ])
+        .unwrap();
         let text = serde_json::to_string(&objects).unwrap();
-        for expected in ["example.org", "weft-agent:1.2", "weft-control:1.2", "\"7\""] {
+        for expected in ["example.org", "weft-agent:1.2", "weft-control:1.2", "\"7\"", "\"replicas\":3"] {
             assert!(text.contains(expected), "{expected} is in no object");
         }
         let error = format!("{:#}", super::tests::objects(&["mesh.trustdomain=x"]).unwrap_err());

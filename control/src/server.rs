@@ -215,10 +215,10 @@ async fn serve_readiness(address: SocketAddr, metrics: &Metrics) -> anyhow::Resu
     let metrics = metrics.clone();
     tokio::spawn(http::serve(listener, move |path| match path {
         "/livez" => Some((StatusCode::OK, http::TEXT, "live\n".to_owned())),
-        "/readyz" if metrics.is_ready() => Some((StatusCode::OK, http::TEXT, "ready\n".to_owned())),
-        "/readyz" => {
-            Some((StatusCode::SERVICE_UNAVAILABLE, http::TEXT, "no state to serve yet\n".to_owned()))
-        }
+        "/readyz" => Some(match metrics.unready() {
+            None => (StatusCode::OK, http::TEXT, "ready\n".to_owned()),
+            Some(why) => (StatusCode::SERVICE_UNAVAILABLE, http::TEXT, why.to_owned()),
+        }),
         _ => None,
     }));
     Ok(())

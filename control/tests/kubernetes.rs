@@ -461,3 +461,21 @@ async fn conditions_are_written_at_a_bounded_rate() {
     assert!(start.elapsed() > Duration::from_millis(44 * 50 - 100), "{:?}", start.elapsed());
     counts(&control, "weft_control_pod_conditions_written_total 45").await;
 }
+
+#[tokio::test]
+async fn a_replica_out_of_touch_is_not_one_to_send_agents_to() {
+    let cluster = Cluster::new();
+    let control = cluster.start();
+    counts(&control, "weft_control_leader 1").await;
+    cluster.api.silence(true);
+    counts(&control, "weft_control_leader 0").await;
+    assert!(is_ready(&control).await, "a short silence is no reason");
+    sleep(Duration::from_secs(5)).await;
+    eventually("not ready", async || {
+        get(&control.ready, "/readyz").await.contains("the API server does not answer")
+    })
+    .await;
+    cluster.api.silence(false);
+    ready(&control).await;
+    counts(&control, "weft_control_leader 1").await;
+}

@@ -162,6 +162,10 @@ impl<L: Leases> Election<L> {
                 attempt = timeout(patience, self.attempt()) => attempt,
                 _ = &mut stopped => break,
             };
+            // A refusal is an answer, too.
+            if matches!(&attempt, Ok(Ok(_) | Err(kube::Error::Api(_)))) {
+                leadership.metrics.set_in_touch();
+            }
             let pause = match attempt {
                 Ok(Ok(true)) => {
                     renewed = asked;

@@ -32,6 +32,8 @@ struct World {
     /// Watches from before are too old to go on.
     compacted: u64,
     forbidden: BTreeSet<String>,
+    /// Nobody is answered any more.
+    silent: bool,
     missing: BTreeSet<String>,
     /// Token to the status of its review.
     tokens: BTreeMap<String, Value>,
@@ -112,6 +114,14 @@ impl Api {
         });
     }
 
+    /// Answers nobody any more, or again; watches that are open tell nothing.
+    pub fn silence(&self, silent: bool) {
+        self.with(|world| {
+            world.silent = silent;
+            world.watches.clear();
+        });
+    }
+
     /// There is no such kind.
     pub fn lack(&self, plural: &str, missing: bool) {
         self.with(|world| match missing {
@@ -135,6 +145,9 @@ impl Api {
     }
 
     async fn answer(&self, request: Request<Incoming>) -> Response<Body> {
+        while self.with(|world| world.silent) {
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        }
         let (parts, body) = request.into_parts();
         let body = body.collect().await.unwrap().to_bytes();
         let body = serde_json::from_slice(&body).unwrap_or(Value::Null);
