@@ -17,7 +17,8 @@ pub const VALUES: &str = include_str!("../../manifests/weft/values.yaml");
 pub const SETTINGS: &str = "weft-settings";
 
 /// Every template, in the order in which its objects are applied.
-pub const TEMPLATES: [(&str, &str); 3] = [
+pub const TEMPLATES: [(&str, &str); 4] = [
+    ("crds.yaml", include_str!("../../manifests/weft/templates/crds.yaml")),
     ("control-rbac.yaml", include_str!("../../manifests/weft/templates/control-rbac.yaml")),
     ("control.yaml", include_str!("../../manifests/weft/templates/control.yaml")),
     ("agent.yaml", include_str!("../../manifests/weft/templates/agent.yaml")),

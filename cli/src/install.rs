@@ -59,7 +59,8 @@ mod tests {
         for object in &objects {
             let (kind, name) =
                 (object["kind"].as_str().unwrap(), object["metadata"]["name"].as_str().unwrap());
-            let cluster_wide = ["Namespace", "ClusterRole", "ClusterRoleBinding"].contains(&kind);
+            let cluster_wide = ["Namespace", "CustomResourceDefinition", "ClusterRole", "ClusterRoleBinding"]
+                .contains(&kind);
             let namespace = object["metadata"]["namespace"].as_str();
             assert_eq!(namespace, (!cluster_wide).then_some("mesh"), "{kind} {name}");
         }
@@ -67,10 +68,15 @@ mod tests {
 
     #[test]
     fn settings_reach_the_objects() {
-        let objects =
-            made(&["mesh.trustDomain=example.org", "image.tag=1.2", "agent.drainDeadline=7"]).unwrap();
+        let objects = made(&[
+            "mesh.trustDomain=example.org",
+            "image.tag=1.2",
+            "agent.drainDeadline=7",
+            "control.replicas=3",
+        ])
+        .unwrap();
         let text = serde_json::to_string(&objects).unwrap();
-        for expected in ["example.org", "weft-agent:1.2", "weft-control:1.2", "\"7\""] {
+        for expected in ["example.org", "weft-agent:1.2", "weft-control:1.2", "\"7\"", "\"replicas\":3"] {
             assert!(text.contains(expected), "{expected} is in no object");
         }
         let error = format!("{:#}", made(&["mesh.trustdomain=x"]).unwrap_err());

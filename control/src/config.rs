@@ -82,6 +82,9 @@ struct Flags {
     /// Namespace of the controller and the agents in the cluster. [default: the pod's, or the kubeconfig's]
     #[arg(long, env = "WEFT_NAMESPACE", value_name = "NAME")]
     namespace: Option<String>,
+    /// Name of this replica among those of a cluster's controller: the pod's. [default: host name and process id]
+    #[arg(long, env = "WEFT_POD_NAME", value_name = "NAME")]
+    pod_name: Option<String>,
     /// Address of the port for agents: xDS, certificates and reports, over TLS. [default: 0.0.0.0:15012]
     #[arg(long, env = "WEFT_LISTEN", value_name = "ADDRESS")]
     listen: Option<SocketAddr>,
@@ -134,9 +137,11 @@ pub enum Source {
         directory: PathBuf,
         state_dir: PathBuf,
     },
-    /// The namespace is the controller's own, where it is not as the API server's credentials say.
+    /// The namespace is the controller's own, where it is not as the API server's credentials say. No other replica
+    /// has that pod name.
     Kubernetes {
         namespace: Option<String>,
+        pod_name: String,
     },
 }
 
@@ -177,6 +182,7 @@ impl Flags {
             state_dir: self.state_dir.or(other.state_dir),
             kubernetes: self.kubernetes.or(other.kubernetes),
             namespace: self.namespace.or(other.namespace),
+            pod_name: self.pod_name.or(other.pod_name),
             listen: self.listen.or(other.listen),
             metrics_listen: self.metrics_listen.or(other.metrics_listen),
             ready_listen: self.ready_listen.or(other.ready_listen),
@@ -211,7 +217,7 @@ impl Flags {
         if !is_dns_subdomain(&cluster_domain) {
             return Err(invalid("--cluster-domain", format!("{cluster_domain:?} is no DNS domain")));
         }
-        let source = source(self.kubernetes, self.directory, self.state_dir, self.namespace)?;
+        let source = source(self.kubernetes, self.directory, self.state_dir, self.namespace, self.pod_name)?;
         let in_directory = matches!(source, Source::Directory { .. });
         let needed = |flag, networks: Option<Vec<IpNet>>| match networks {
             None if in_directory => Err(missing(flag, NETWORKS)),
@@ -247,6 +253,7 @@ fn source(
     directory: Option<PathBuf>,
     state_dir: Option<PathBuf>,
     namespace: Option<String>,
+    pod_name: Option<String>,
 ) -> Result<Source, ConfigError> {
     let missing = |flag, hint| ConfigError::Missing { flag, hint };
     let namespace = namespace.filter(|namespace| !namespace.is_empty());
@@ -269,8 +276,17 @@ fn source(
         Some(namespace) if !is_dns_subdomain(&namespace) => {
             Err(ConfigError::Invalid { flag: "--namespace", why: format!("{namespace:?} is no name") })
         }
-        namespace => Ok(Source::Kubernetes { namespace }),
+        namespace => {
+            let pod_name = pod_name.filter(|name| !name.is_empty()).unwrap_or_else(unique_name);
+            Ok(Source::Kubernetes { namespace, pod_name })
+        }
     }
+}
+
+/// A name that no other process has, also where several share a host name.
+fn unique_name() -> String {
+    let host = fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+    format!("{}_{}", host.trim(), std::process::id())
 }
 
 /// Reads ranges; None if none is given.
@@ -383,11 +399,13 @@ mod tests {
 
     #[test]
     fn a_cluster_needs_nothing_else() {
-        let in_cluster = config(&["--kubernetes"]).unwrap();
-        assert_eq!(in_cluster.source, Source::Kubernetes { namespace: None });
+        let in_cluster = config(&["--kubernetes", "--pod-name", "a"]).unwrap();
+        assert_eq!(in_cluster.source, Source::Kubernetes { namespace: None, pod_name: "a".to_owned() });
         assert!(in_cluster.mesh.pod_networks.is_empty() && !in_cluster.mesh.netns_annotations);
         let named = config(&["--kubernetes", "--namespace", "weft", "--pod-networks", ""]).unwrap();
-        assert_eq!(named.source, Source::Kubernetes { namespace: Some("weft".to_owned()) });
+        let Source::Kubernetes { namespace, pod_name } = named.source else { panic!() };
+        assert_eq!(namespace.as_deref(), Some("weft"));
+        assert!(pod_name.ends_with(&format!("_{}", std::process::id())), "{pod_name}");
         let both = config(&[&NEEDED[..], &["--kubernetes"]].concat()).unwrap_err();
         assert!(both.starts_with("--kubernetes") && both.contains("leave out"), "{both}");
         assert!(config(&["--kubernetes", "--namespace", "a/b"]).unwrap_err().starts_with("--namespace"));

@@ -57,7 +57,6 @@ pub struct Controller {
     builder: Builder,
     /// As last said, to say each once.
     problems: BTreeMap<String, String>,
-    failures: BTreeMap<String, BTreeMap<String, String>>,
     snapshots: watch::Sender<Option<Arc<Snapshot>>>,
     identities: watch::Sender<Option<Arc<Identities>>>,
     metrics: Metrics,
@@ -73,7 +72,6 @@ impl Controller {
             enrollment,
             builder: Builder::default(),
             problems: BTreeMap::new(),
-            failures: BTreeMap::new(),
             snapshots,
             identities,
             metrics,
@@ -111,7 +109,9 @@ impl Controller {
     /// What comes next. If it is not there yet, there is time for what can be done late.
     fn wait(&mut self, inputs: &mut mpsc::Receiver<Input>) -> Option<Input> {
         inputs.try_recv().ok().or_else(|| {
-            if self.enrollment.tidy() {
+            let started = self.is_started();
+            let is_there = |node: &str| !started || self.store.nodes.contains_key(node);
+            if self.enrollment.tidy(is_there) {
                 self.settle();
             }
             inputs.blocking_recv()
@@ -131,6 +131,9 @@ impl Controller {
         if self.enrollment.heard(heard, desired.as_ref()) && desired.is_some() {
             self.publish();
         }
+        if self.is_started() {
+            self.retain_failures();
+        }
     }
 
     fn is_started(&self) -> bool {
@@ -141,6 +144,7 @@ impl Controller {
     fn settle(&mut self) {
         let desired = translate::desired(&self.store, &self.settings);
         self.enrollment.retain(&desired);
+        self.retain_failures();
         self.metrics.pods_desired.set(desired.len() as i64);
         for (kind, count) in self.store.counts() {
             self.metrics.objects.get_or_create(&KindLabel { kind: kind.as_str() }).set(count as i64);
@@ -164,17 +168,20 @@ impl Controller {
         &mut self,
         node: &str,
         enrolled: &BTreeSet<String>,
-        failures: BTreeMap<String, String>,
+        mut failures: BTreeMap<String, String>,
     ) -> Result<(), String> {
         if self.snapshots.borrow().is_none() {
             // Taking it in now would find none of its pods, and the agent would not repeat it.
             return Err("the controller has not read its objects yet".to_owned());
         }
-        self.note_failures(node, failures);
+        failures.retain(|uid, _| translate::is_wanted(&self.store, &self.settings, node, uid));
+        self.say_failures(node, &failures);
         let desired = translate::desired(&self.store, &self.settings);
-        if self.enrollment.report(node, enrolled, &desired).map_err(|error| error.to_string())? {
+        let report = self.enrollment.report(node, enrolled, failures, &desired);
+        if report.map_err(|error| error.to_string())? {
             self.publish();
         }
+        self.count_failures();
         match self.too_early(node, enrolled, &desired) {
             Some(uid) => Err(format!("{uid} has no address yet as far as is known here; report it again")),
             None => Ok(()),
@@ -188,14 +195,27 @@ impl Controller {
         enrolled.iter().map(String::as_str).find(|uid| waiting.contains(*uid) && !desired.contains_key(*uid))
     }
 
-    fn note_failures(&mut self, node: &str, failures: BTreeMap<String, String>) {
-        let known = self.failures.entry(node.to_owned()).or_default();
-        for (uid, message) in failures.iter().filter(|(uid, message)| known.get(*uid) != Some(message)) {
+    fn say_failures(&self, node: &str, failures: &BTreeMap<String, String>) {
+        let known = self.enrollment.failures();
+        let is_known = |uid: &String, message: &String| known.get(uid).is_some_and(|f| f.message == *message);
+        for (uid, message) in failures.iter().filter(|(uid, message)| !is_known(uid, message)) {
             tracing::warn!(target: "enrollment", node, uid, "the agent cannot enrol a pod: {message}");
         }
-        let count = failures.len() as i64;
-        self.metrics.enrollment_failures.get_or_create(&NodeLabel { node: node.to_owned() }).set(count);
-        *known = failures;
+    }
+
+    /// What is not to be in the mesh cannot fail to get there.
+    fn retain_failures(&mut self) {
+        let (store, settings) = (&self.store, &self.settings);
+        self.enrollment.retain_failures(|node, uid| translate::is_wanted(store, settings, node, uid));
+        self.count_failures();
+    }
+
+    fn count_failures(&self) {
+        let family = &self.metrics.enrollment_failures;
+        family.clear();
+        for failure in self.enrollment.failures().values() {
+            family.get_or_create(&NodeLabel { node: failure.node.clone() }).inc();
+        }
     }
 
     fn publish(&mut self) {

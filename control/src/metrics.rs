@@ -1,8 +1,11 @@
 //! What the controller counts, for `/metrics`.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, Ordering},
+use std::{
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
 use prometheus_client::{
@@ -16,6 +19,10 @@ use prometheus_client::{
     registry::Registry,
 };
 use weft_xds::Stats;
+
+/// A replica that has not been answered by the API server for that long may be behind the others by as much: it is not
+/// one to send agents to.
+const OUT_OF_TOUCH: Duration = Duration::from_secs(15);
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct Reason {
@@ -47,7 +54,12 @@ pub struct Metrics {
     pub pods_enrolled: Gauge,
     pub enrollment_failures: Family<NodeLabel, Gauge>,
     pub snapshots: Counter,
+    pub leader: Gauge,
+    pub conditions_written: Counter,
+    pub conditions_failed: Counter,
     ready: Arc<AtomicBool>,
+    /// When the API server last answered, where one is asked regularly.
+    in_touch: Arc<Mutex<Option<Instant>>>,
 }
 
 impl Metrics {
@@ -64,8 +76,18 @@ impl Metrics {
         self.ready.store(true, Ordering::Relaxed);
     }
 
-    pub fn is_ready(&self) -> bool {
-        self.ready.load(Ordering::Relaxed)
+    /// The API server has answered.
+    pub fn set_in_touch(&self) {
+        *self.in_touch.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+    }
+
+    /// Why agents should be sent elsewhere; None if not.
+    pub fn unready(&self) -> Option<&'static str> {
+        if !self.ready.load(Ordering::Relaxed) {
+            return Some("no state to serve yet\n");
+        }
+        let in_touch = *self.in_touch.lock().unwrap_or_else(PoisonError::into_inner);
+        in_touch.filter(|at| at.elapsed() > OUT_OF_TOUCH).map(|_| "the API server does not answer\n")
     }
 
     /// The registry with all of it, and what the xDS server counts itself.
@@ -103,10 +125,25 @@ impl Metrics {
         registry.register("pods_enrolled", "Pods announced as reachable by tunnel", m.pods_enrolled.clone());
         registry.register(
             "enrollment_failures",
-            "Pods an agent could not enrol, as of its last report",
+            "Pods that labels want in the mesh and that their node's agent cannot enrol",
             m.enrollment_failures.clone(),
         );
         registry.register("snapshots", "States published", m.snapshots.clone());
+        registry.register(
+            "leader",
+            "1 on the replica that writes status, 0 on the others and where no cluster is",
+            m.leader.clone(),
+        );
+        registry.register(
+            "pod_conditions_written",
+            "Conditions written on Pods, by the replica that leads",
+            m.conditions_written.clone(),
+        );
+        registry.register(
+            "pod_conditions_failed",
+            "Conditions of Pods that could not be written, and are tried again",
+            m.conditions_failed.clone(),
+        );
         registry.register_collector(Box::new(XdsStats(xds)));
         registry
     }

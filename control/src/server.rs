@@ -4,19 +4,23 @@ use std::{future::Future, net::SocketAddr, path::Path, sync::Arc};
 
 use anyhow::Context;
 use hyper::StatusCode;
-use tokio::{net::TcpListener, sync::mpsc};
+use tokio::{
+    net::TcpListener,
+    sync::{mpsc, watch},
+};
+use weft_xds::Snapshot;
 
 use crate::{
     auth::{Authenticator, join::TokenKey, review::Reviewer},
     ca::Authority,
-    cluster::{self, authority, enrollment::Records},
+    cluster::{self, authority, enrollment::Records, lease::Candidate, status},
     config::{Config, Source},
     controller::{Controller, Input, Published},
     enrollment::Enrollment,
     grpc, http,
     metrics::{self, Metrics},
     root::Root,
-    source::{directory::Directory, kubernetes, watch},
+    source::{self, directory::Directory, kubernetes},
     state_dir::{Lock, StateDir},
     tls::{self, ServerIdentity},
     translate::MeshSettings,
@@ -34,6 +38,7 @@ pub struct Server {
     authority: Authority,
     inputs: mpsc::Sender<Input>,
     metrics: Metrics,
+    candidate: Option<Candidate>,
     _lock: Option<Lock>,
 }
 
@@ -50,7 +55,7 @@ struct Parts {
 /// What sends changes to the controller, once that runs.
 enum Watching {
     Directory(Directory),
-    Cluster { client: kube::Client, namespace: String },
+    Cluster { client: kube::Client, namespace: String, pod_name: String },
 }
 
 impl Server {
@@ -62,12 +67,13 @@ impl Server {
             Source::Directory { directory, state_dir } => {
                 from_directory(StateDir::open(state_dir)?, directory, &config.mesh, &metrics)?
             }
-            Source::Kubernetes { namespace } => {
-                from_cluster(namespace.clone(), &config.mesh, &metrics).await?
+            Source::Kubernetes { namespace, pod_name } => {
+                from_cluster(namespace.clone(), pod_name.clone(), &config.mesh, &metrics).await?
             }
         };
         let Parts { root, authenticator, controller, published, watching, lock } = parts;
         let identity = ServerIdentity::new(root.clone())?;
+        let snapshots = published.snapshots.clone();
         let xds = weft_xds::Server::new(published.snapshots, authenticate(authenticator.clone()));
         let trust_domain = config.mesh.trust_domain.clone();
         let authority = Authority::new(root, trust_domain, published.identities, metrics.clone());
@@ -77,8 +83,18 @@ impl Server {
         serve_readiness(config.ready_listen, &metrics).await?;
         let (inputs, queue) = mpsc::channel(QUEUE);
         std::thread::Builder::new().name("controller".to_owned()).spawn(move || controller.run(queue))?;
-        watching.start(inputs.clone(), metrics.clone())?;
-        Ok(Self { listener, identity, xds, authenticator, authority, inputs, metrics, _lock: lock })
+        let candidate = watching.start(config.mesh, inputs.clone(), metrics.clone(), snapshots)?;
+        Ok(Self {
+            listener,
+            identity,
+            xds,
+            authenticator,
+            authority,
+            inputs,
+            metrics,
+            candidate,
+            _lock: lock,
+        })
     }
 
     /// Serves agents until `shutdown`.
@@ -86,6 +102,12 @@ impl Server {
         tokio::spawn(self.identity.clone().keep_fresh());
         let incoming = tls::accept(self.listener, self.identity, self.metrics)?;
         let xds = self.xds.into_service();
+        let shutdown = async {
+            shutdown.await;
+            if let Some(candidate) = self.candidate {
+                candidate.resign().await;
+            }
+        };
         grpc::serve(incoming, xds, self.authenticator, self.authority, self.inputs, shutdown)
             .await
             .context("serving agents")
@@ -125,6 +147,7 @@ fn from_directory(
 
 async fn from_cluster(
     namespace: Option<String>,
+    pod_name: String,
     settings: &MeshSettings,
     metrics: &Metrics,
 ) -> anyhow::Result<Parts> {
@@ -138,17 +161,30 @@ async fn from_cluster(
     tokio::spawn(authority::keep_published(client.clone(), namespace.clone(), pem));
 
     let authenticator = Authenticator::reviews(Reviewer::new(client.clone(), &namespace), metrics.clone());
-    let enrollment = Enrollment::in_cluster(Records::new(client.clone(), &namespace));
+    let enrollment = Enrollment::in_cluster(Records::new(client.clone()));
     let (controller, published) = Controller::new(settings.clone(), enrollment, metrics.clone());
-    let watching = Watching::Cluster { client, namespace };
+    let watching = Watching::Cluster { client, namespace, pod_name };
     Ok(Parts { root: Arc::new(root), authenticator, controller, published, watching, lock: None })
 }
 
 impl Watching {
-    fn start(self, inputs: mpsc::Sender<Input>, metrics: Metrics) -> anyhow::Result<()> {
+    /// Starts it. In a cluster this replica is then a candidate for leading, once it has something to serve.
+    fn start(
+        self,
+        settings: MeshSettings,
+        inputs: mpsc::Sender<Input>,
+        metrics: Metrics,
+        mut snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
+    ) -> anyhow::Result<Option<Candidate>> {
         match self {
-            Self::Cluster { client, namespace } => {
-                tokio::spawn(kubernetes::run(client, namespace, inputs, metrics));
+            Self::Cluster { client, namespace, pod_name } => {
+                let ready = async move { drop(snapshots.wait_for(Option::is_some).await) };
+                let (candidate, leads) =
+                    Candidate::start(client.clone(), &namespace, pod_name, metrics.clone(), ready);
+                let (statuses, queue) = mpsc::channel(QUEUE);
+                tokio::spawn(status::run(client.clone(), settings, queue, leads, metrics.clone()));
+                tokio::spawn(kubernetes::run(client, inputs, statuses, metrics));
+                Ok(Some(candidate))
             }
             Self::Directory(directory) => {
                 metrics.source_complaints.set(directory.complaints().len() as i64);
@@ -158,10 +194,10 @@ impl Watching {
                 };
                 std::thread::Builder::new()
                     .name("directory".to_owned())
-                    .spawn(move || watch::run(directory, send))?;
+                    .spawn(move || source::watch::run(directory, send))?;
+                Ok(None)
             }
         }
-        Ok(())
     }
 }
 
@@ -179,10 +215,10 @@ async fn serve_readiness(address: SocketAddr, metrics: &Metrics) -> anyhow::Resu
     let metrics = metrics.clone();
     tokio::spawn(http::serve(listener, move |path| match path {
         "/livez" => Some((StatusCode::OK, http::TEXT, "live\n".to_owned())),
-        "/readyz" if metrics.is_ready() => Some((StatusCode::OK, http::TEXT, "ready\n".to_owned())),
-        "/readyz" => {
-            Some((StatusCode::SERVICE_UNAVAILABLE, http::TEXT, "no state to serve yet\n".to_owned()))
-        }
+        "/readyz" => Some(match metrics.unready() {
+            None => (StatusCode::OK, http::TEXT, "ready\n".to_owned()),
+            Some(why) => (StatusCode::SERVICE_UNAVAILABLE, http::TEXT, why.to_owned()),
+        }),
         _ => None,
     }));
     Ok(())

@@ -10,7 +10,9 @@ use tokio::time::{Instant, sleep};
 use tonic::Code;
 use weft_xds::{ControlEndpoint, TokenSource};
 
-use self::support::{Agent, BINARY, Control, LONG, UID, WEB, api::Api, certificate, get, report};
+use self::support::{
+    Agent, BINARY, Control, LONG, UID, WEB, api::Api, certificate, get, report, report_failures,
+};
 
 /// A cluster with a node and a labelled namespace.
 struct Cluster {
@@ -91,12 +93,33 @@ impl Cluster {
     }
 
     /// What is written down of node n1.
-    fn enrolled(&self) -> String {
-        match self.api.get("configmaps", "weft-system", "weft-enrollment-n1") {
-            Some(map) => map["data"]["enrolled"].as_str().unwrap().to_owned(),
-            None => "nothing".to_owned(),
-        }
+    fn enrollment(&self) -> Option<Value> {
+        self.api.get("nodeenrollments", "", "n1").map(|object| object["status"].clone())
     }
+}
+
+/// The condition of a pod: status, reason, message.
+fn condition(cluster: &Cluster, name: &str) -> Option<[String; 3]> {
+    let pod = cluster.api.get("pods", "shop", name)?;
+    let conditions = pod["status"]["conditions"].as_array()?;
+    let ours = conditions.iter().find(|condition| condition["type"] == "weft.dev/Enrolled")?;
+    Some(["status", "reason", "message"].map(|field| ours[field].as_str().unwrap().to_owned()))
+}
+
+async fn becomes(cluster: &Cluster, name: &str, expected: [&str; 3]) {
+    let words = format!("{name} is {expected:?}");
+    eventually(&words, async || condition(cluster, name).is_some_and(|now| now == expected)).await;
+}
+
+async fn snapshots(control: &Control) -> String {
+    let metrics = get(&control.metrics, "/metrics").await;
+    metrics.lines().find(|line| line.starts_with("weft_control_snapshots_total")).unwrap().to_owned()
+}
+
+fn terminate(control: &mut Control) {
+    let id = nix::unistd::Pid::from_raw(control.child.id().cast_signed());
+    nix::sys::signal::kill(id, nix::sys::signal::Signal::SIGTERM).unwrap();
+    assert!(control.child.wait().unwrap().success());
 }
 
 async fn eventually(what: &str, holds: impl AsyncFn() -> bool) {
@@ -123,7 +146,7 @@ async fn counts(control: &Control, line: &str) {
 async fn nothing_is_served_before_everything_is_listed() {
     let cluster = Cluster::new();
     cluster.api.forbid("pods", true);
-    cluster.api.lack("servicecidrs");
+    cluster.api.lack("servicecidrs", true);
     let control = cluster.start();
     let line = control.logged("cannot watch pods");
     assert!(line.contains("403") && line.contains("RBAC"), "{line}");
@@ -173,13 +196,12 @@ async fn a_pod_enters_the_mesh_and_stays_over_a_restart() {
     assert_eq!(report(&endpoint, &[UID]).await, Err(Code::Unavailable), "nobody would report it again");
     cluster.pod("web", "10.1.0.2");
     agent.until(false, true).await;
-    assert_eq!(cluster.enrolled(), "nothing");
+    assert_eq!(cluster.enrollment(), None);
     report(&endpoint, &[UID]).await.unwrap();
     agent.until(true, true).await;
-    assert_eq!(
-        serde_json::from_str::<Value>(&cluster.enrolled()).unwrap(),
-        json!([{"uid": UID, "pod_uid": "uid-web", "addresses": ["10.1.0.2"]}])
-    );
+    let enrolled = json!([{"uid": UID, "podUID": "uid-web", "addresses": ["10.1.0.2"]}]);
+    let whole = json!({"enrolledPods": 1, "failedPods": 0, "enrolled": enrolled, "failures": []});
+    assert_eq!(cluster.enrollment(), Some(whole));
     let root = endpoint.ca_pem.clone();
     drop(control);
 
@@ -191,7 +213,10 @@ async fn a_pod_enters_the_mesh_and_stays_over_a_restart() {
     agent.until(true, true).await;
     cluster.label("disabled");
     agent.until(false, false).await;
-    eventually("its end is written down", async || cluster.enrolled() == "[]").await;
+    let nothing = json!({"enrolledPods": 0, "failedPods": 0, "enrolled": [], "failures": []});
+    eventually("its end is written down", async || cluster.enrollment().as_ref() == Some(&nothing)).await;
+    cluster.api.delete("nodes", "", "n1");
+    eventually("nothing is kept of a node that is gone", async || cluster.enrollment().is_none()).await;
 }
 
 #[tokio::test]
@@ -213,7 +238,7 @@ async fn replicas_share_what_agents_report() {
     cluster.pod("late", "10.1.0.4");
     counts(&one, "weft_control_objects{kind=\"Pod\"} 3").await;
     report(&endpoint, &["Kubernetes//Pod/shop/late"]).await.unwrap();
-    let enrolled = cluster.enrolled();
+    let enrolled = cluster.enrollment().unwrap().to_string();
     assert!(
         ["web", "db", "late"].iter().all(|name| enrolled.contains(&format!("shop/{name}"))),
         "{enrolled}"
@@ -226,16 +251,53 @@ async fn replicas_share_what_agents_report() {
 #[tokio::test]
 async fn a_damaged_record_of_the_enrolled_stops_the_start() {
     let cluster = Cluster::new();
-    let labels = json!({"weft.dev/enrollment": "true"});
-    let damaged = json!({"metadata": {"name": "weft-enrollment-n1", "namespace": "weft-system", "labels": labels},
-        "data": {"enrolled": "[{]"}});
-    cluster.api.put("configmaps", damaged);
+    let damaged = json!([{"uid": UID, "addresses": ["10.1.0"]}]);
+    cluster.api.put("nodeenrollments", json!({"metadata": {"name": "n1"}, "status": {"enrolled": damaged}}));
     let control = cluster.start();
-    let line = control.logged("weft-enrollment-n1 is not usable");
-    assert!(line.contains("delete it"), "{line}");
+    let line = control.logged("NodeEnrollment n1 is not usable");
+    assert!(line.contains("delete it") && line.contains("status.enrolled[0].addresses[0]"), "{line}");
     assert!(!is_ready(&control).await);
-    cluster.api.delete("configmaps", "weft-system", "weft-enrollment-n1");
+    cluster.api.delete("nodeenrollments", "", "n1");
     ready(&control).await;
+}
+
+#[tokio::test]
+async fn without_its_definition_the_controller_waits_for_it() {
+    let cluster = Cluster::new();
+    cluster.api.lack("nodeenrollments", true);
+    let control = cluster.start();
+    let line = control.logged("cannot watch nodeenrollments.mesh.weft.dev");
+    assert!(line.contains("weft install"), "{line}");
+    assert!(!is_ready(&control).await);
+    cluster.api.lack("nodeenrollments", false);
+    ready(&control).await;
+}
+
+#[tokio::test]
+async fn failures_are_written_down_for_every_replica() {
+    let cluster = Cluster::new();
+    cluster.pod("web", "10.1.0.2");
+    cluster.pod("db", "10.1.0.3");
+    let (one, other) = (cluster.start(), cluster.start());
+    ready(&one).await;
+    ready(&other).await;
+    let [db, stranger] = ["db", "stranger"].map(|name| format!("Kubernetes//Pod/shop/{name}"));
+    let failures = [(db.as_str(), "no such process"), (stranger.as_str(), "who?")];
+    report_failures(&cluster.endpoint(&one, AGENT), &[UID], &failures).await.unwrap();
+    let written = cluster.enrollment().unwrap();
+    assert_eq!(written["failures"], json!([{"uid": db, "message": "no such process"}]));
+    assert_eq!((&written["enrolledPods"], &written["failedPods"]), (&json!(1), &json!(1)));
+    for control in [&one, &other] {
+        counts(control, "weft_control_enrollment_failures{node=\"n1\"} 1").await;
+    }
+    // Its agent is with the other one now, and has succeeded.
+    report(&cluster.endpoint(&other, AGENT), &[UID, &db]).await.unwrap();
+    assert_eq!(cluster.enrollment().unwrap()["failures"], json!([]));
+    // What is not wanted any more cannot fail, whoever knew of it.
+    let failures = [(db.as_str(), "again")];
+    report_failures(&cluster.endpoint(&one, AGENT), &[UID], &failures).await.unwrap();
+    cluster.api.delete("pods", "shop", "db");
+    eventually("it is forgotten", async || cluster.enrollment().unwrap()["failedPods"] == 0).await;
 }
 
 #[tokio::test]
@@ -295,4 +357,125 @@ async fn the_root_is_made_once_and_a_damaged_one_is_not_replaced() {
     let output = Command::new(BINARY).arg("--kubernetes").env("KUBECONFIG", cluster.kubeconfig()).output();
     let error = String::from_utf8(output.unwrap().stderr).unwrap();
     assert!(error.contains("Secret weft-system/weft-ca is not usable: has no root.key"), "{error}");
+}
+
+#[tokio::test]
+async fn one_replica_leads_and_hands_over() {
+    let cluster = Cluster::new();
+    let mut one = cluster.start();
+    counts(&one, "weft_control_leader 1").await;
+    let other = cluster.start();
+    ready(&other).await;
+    let lease = || cluster.api.get("leases", "weft-system", "weft-control").unwrap()["spec"].clone();
+    let first = lease();
+    assert_eq!((&first["leaseDurationSeconds"], &first["leaseTransitions"]), (&json!(15), &json!(0)));
+    assert!(get(&other.metrics, "/metrics").await.contains("weft_control_leader 0"));
+    terminate(&mut one);
+    assert_eq!(lease()["holderIdentity"], "", "not given up");
+    counts(&other, "weft_control_leader 1").await;
+    assert_ne!(lease()["holderIdentity"], first["holderIdentity"]);
+}
+
+#[tokio::test]
+async fn pods_say_whether_they_are_in_the_mesh() {
+    let cluster = Cluster::new();
+    cluster.pod("web", "10.1.0.2");
+    let (one, other) = (cluster.start(), cluster.start());
+    ready(&one).await;
+    ready(&other).await;
+    let waiting = "the agent of node n1 has not reported it; does it run there?";
+    becomes(&cluster, "web", ["False", "Waiting", waiting]).await;
+    let time =
+        || cluster.api.patches().last().unwrap()["status"]["conditions"][0]["lastTransitionTime"].clone();
+    let since = time();
+
+    // Whichever replica is told, the one that leads writes it.
+    for control in [&one, &other] {
+        let endpoint = cluster.endpoint(control, AGENT);
+        let message = format!("cannot, says {}", control.agents);
+        report_failures(&endpoint, &[], &[(UID, &message)]).await.unwrap();
+        becomes(&cluster, "web", ["False", "Failed", &message]).await;
+        assert_eq!(time(), since, "its status did not change");
+    }
+    // Beside what others write there.
+    let mut pod = cluster.api.get("pods", "shop", "web").unwrap();
+    pod["status"]["conditions"].as_array_mut().unwrap().push(json!({"type": "Ready", "status": "True"}));
+    cluster.api.put("pods", pod);
+    report(&cluster.endpoint(&one, AGENT), &[UID]).await.unwrap();
+    becomes(&cluster, "web", ["True", "Enrolled", ""]).await;
+    assert_eq!(cluster.api.get("pods", "shop", "web").unwrap()["status"]["conditions"][0]["type"], "Ready");
+
+    // All of that was written once, and what is written does not come back as news of the mesh.
+    let published = [snapshots(&one).await, snapshots(&other).await];
+    sleep(Duration::from_secs(1)).await;
+    assert_eq!([snapshots(&one).await, snapshots(&other).await], published);
+    let patches = cluster.api.patches();
+    assert_eq!(patches.len(), 4, "{patches:?}");
+
+    cluster.label("disabled");
+    becomes(&cluster, "web", ["False", "NotInMesh", "labels do not want it in the mesh"]).await;
+    // A pod that has nothing to do with the mesh is left alone.
+    cluster.pod("db", "10.1.0.3");
+    sleep(Duration::from_secs(1)).await;
+    assert_eq!(condition(&cluster, "db"), None);
+    assert_eq!(cluster.api.patches().len(), 5);
+}
+
+#[tokio::test]
+async fn who_begins_to_lead_writes_what_is_missing() {
+    let cluster = Cluster::new();
+    cluster.pod("web", "10.1.0.2");
+    cluster.api.forbid("pods/status", true);
+    let mut one = cluster.start();
+    counts(&one, "weft_control_leader 1").await;
+    let other = cluster.start();
+    ready(&other).await;
+    report(&cluster.endpoint(&one, AGENT), &[UID]).await.unwrap();
+    let line = one.logged("cannot write condition");
+    assert!(line.contains("403") && line.contains("RBAC"), "{line}");
+    terminate(&mut one);
+    counts(&other, "weft_control_leader 1").await;
+    assert_eq!(condition(&cluster, "web"), None);
+    cluster.api.forbid("pods/status", false);
+    // It has been refused, too, and tries again.
+    becomes(&cluster, "web", ["True", "Enrolled", ""]).await;
+    // A pod that comes and goes is no trouble; somebody who takes the condition away is put right.
+    cluster.pod("web", "10.1.0.2");
+    becomes(&cluster, "web", ["True", "Enrolled", ""]).await;
+}
+
+#[tokio::test]
+async fn conditions_are_written_at_a_bounded_rate() {
+    let cluster = Cluster::new();
+    let names: Vec<String> = (0..45).map(|n| format!("p{n}")).collect();
+    for (n, name) in names.iter().enumerate() {
+        cluster.pod(name, &format!("10.1.0.{}", n + 2));
+    }
+    let control = cluster.start();
+    counts(&control, "weft_control_leader 1").await;
+    let uids: Vec<String> = names.iter().map(|name| format!("Kubernetes//Pod/shop/{name}")).collect();
+    let uids: Vec<&str> = uids.iter().map(String::as_str).collect();
+    let start = Instant::now();
+    report(&cluster.endpoint(&control, AGENT), &uids).await.unwrap();
+    eventually("all are written", async || cluster.api.patches().len() >= names.len()).await;
+    assert!(start.elapsed() > Duration::from_millis(44 * 50 - 100), "{:?}", start.elapsed());
+    counts(&control, "weft_control_pod_conditions_written_total 45").await;
+}
+
+#[tokio::test]
+async fn a_replica_out_of_touch_is_not_one_to_send_agents_to() {
+    let cluster = Cluster::new();
+    let control = cluster.start();
+    counts(&control, "weft_control_leader 1").await;
+    cluster.api.silence(true);
+    counts(&control, "weft_control_leader 0").await;
+    assert!(is_ready(&control).await, "a short silence is no reason");
+    sleep(Duration::from_secs(5)).await;
+    eventually("not ready", async || {
+        get(&control.ready, "/readyz").await.contains("the API server does not answer")
+    })
+    .await;
+    cluster.api.silence(false);
+    ready(&control).await;
+    counts(&control, "weft_control_leader 1").await;
 }

@@ -1,62 +1,70 @@
-//! Who is enrolled, in a cluster: one ConfigMap a node, written before what follows from it is published, read back by
-//! a controller that starts, and watched by other replicas. Which pods count is decided in `crate::enrollment`.
+//! Who is enrolled, in a cluster: one NodeEnrollment a node, written before what follows from it is published, read back
+//! by a controller that starts, and watched by other replicas. Which pods count is decided in `crate::enrollment`.
+//!
+//! They have no owner: the end of a Node object must not take along what is known of pods that may still run there.
+//! One that lists no pod any more, of a node that is gone, is deleted here.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::collections::BTreeMap;
 
-use k8s_openapi::api::core::v1::ConfigMap;
 use kube::{
     Api, Client,
-    api::{ObjectMeta, PostParams},
+    api::{ApiResource, DeleteParams, DynamicObject, GroupVersionKind, PostParams, Preconditions},
 };
-use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 use tokio::runtime::Handle;
+use weft_api::{
+    NodeEnrollment,
+    field::Ip,
+    node_enrollment::{EnrolledPod, FailedPod, NodeEnrollmentStatus},
+};
 
 use super::{ClusterError, bounded, code};
-use crate::enrollment::{Place, Places};
+use crate::enrollment::{Failure, Failures, Place, Places};
 
-/// The label by which they are found, with the value `true`.
-pub const LABEL: &str = "weft.dev/enrollment";
-const PREFIX: &str = "weft-enrollment-";
-const DATA: &str = "enrolled";
 /// Replicas that write at the same time refuse each other; each refusal means that the other got through.
 const ATTEMPTS: usize = 5;
 
-/// What a node's ConfigMap holds.
+/// What to do where the kind does not exist.
+pub const REMEDY: &str = "the API server has no such kind; `weft install | kubectl apply -f -` or the Helm chart \
+     installs its definition";
+
+/// What a node's NodeEnrollment holds.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Record {
     pub version: String,
     pub places: Places,
+    pub failures: Failures,
 }
 
-/// A change that was heard of: a node, and what its ConfigMap holds, or None if it is gone.
+/// A change that was heard of: a node, and what is written down of it, or None if that is gone.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Heard {
     pub node: String,
     pub record: Option<Record>,
 }
 
-/// One pod of `data.enrolled`, which is a JSON list of them.
-#[derive(Debug, Serialize, Deserialize)]
-struct Entry {
-    /// The workload's.
-    uid: String,
-    /// The pod's `metadata.uid`: a pod of the same name that comes later is another one.
-    pod_uid: Option<String>,
-    addresses: Vec<IpAddr>,
-}
-
-/// The ConfigMaps as they were last seen.
+/// The NodeEnrollments as they were last seen.
 #[derive(Debug)]
 pub struct Records {
-    maps: Api<ConfigMap>,
+    objects: Api<DynamicObject>,
     runtime: Handle,
     known: BTreeMap<String, Record>,
 }
 
+/// The NodeEnrollments of a cluster.
+pub fn api(client: Client) -> Api<DynamicObject> {
+    Api::all_with(client, &resource())
+}
+
+fn resource() -> ApiResource {
+    let kind = GroupVersionKind::gvk(NodeEnrollment::GROUP, NodeEnrollment::VERSION, NodeEnrollment::KIND);
+    ApiResource::from_gvk_with_plural(&kind, NodeEnrollment::PLURAL)
+}
+
 impl Records {
     /// Must be called on a runtime, which then does the writing.
-    pub fn new(client: Client, namespace: &str) -> Self {
-        Self { maps: Api::namespaced(client, namespace), runtime: Handle::current(), known: BTreeMap::new() }
+    pub fn new(client: Client) -> Self {
+        Self { objects: api(client), runtime: Handle::current(), known: BTreeMap::new() }
     }
 
     /// Takes in what a watch saw. False if it is older than what is known: the echo of an own write.
@@ -69,39 +77,56 @@ impl Records {
         true
     }
 
-    /// Writes down who is enrolled on a node. Returns who is, which is more if another replica wrote meanwhile. Waits
-    /// for the API server: not to be called on a runtime's thread.
-    pub fn write(&mut self, node: &str, places: Places) -> Result<Places, ClusterError> {
+    /// Writes down who is enrolled on a node and who cannot be. Returns what is there then, which is more if another
+    /// replica wrote meanwhile; unless `failures` are what the node's agent has just `reported`, since that is whole.
+    /// Waits for the API server: not to be called on a runtime's thread.
+    pub fn write(
+        &mut self,
+        node: &str,
+        places: Places,
+        failures: Failures,
+        reported: bool,
+    ) -> Result<(Places, Failures), ClusterError> {
         let runtime = self.runtime.clone();
-        runtime.block_on(bounded(&what(node), self.put(node, places)))
+        runtime.block_on(bounded(&what(node), self.put(node, places, failures, reported)))
     }
 
-    async fn put(&mut self, node: &str, mut places: Places) -> Result<Places, ClusterError> {
-        let (name, params) = (format!("{PREFIX}{node}"), PostParams::default());
-        let what = what(node);
+    async fn put(
+        &mut self,
+        node: &str,
+        mut places: Places,
+        mut failures: Failures,
+        reported: bool,
+    ) -> Result<(Places, Failures), ClusterError> {
+        let (what, params) = (what(node), PostParams::default());
         let failed = |error: &kube::Error| ClusterError::request(&what, error);
         for _ in 0..ATTEMPTS {
-            let outcome = match self.known.get(node) {
-                Some(known) => {
-                    self.maps.replace(&name, &params, &map(&name, &places, Some(&known.version))?).await
-                }
-                None => self.maps.create(&params, &map(&name, &places, None)?).await,
+            let version = self.known.get(node).map(|known| known.version.clone());
+            let is_new = version.is_none();
+            let object = object(node, &places, &failures, version);
+            let outcome = match is_new {
+                false => self.objects.replace(node, &params, &object).await,
+                true => self.objects.create(&params, &object).await,
             };
             match outcome {
-                Ok(map) => {
-                    let version = map.metadata.resource_version.unwrap_or_default();
-                    self.known.insert(node.to_owned(), Record { version, places: places.clone() });
-                    return Ok(places);
+                Ok(object) => {
+                    let version = object.metadata.resource_version.unwrap_or_default();
+                    let record = Record { version, places: places.clone(), failures: failures.clone() };
+                    self.known.insert(node.to_owned(), record);
+                    return Ok((places, failures));
+                }
+                Err(error) if is_new && code(&error) == 404 => {
+                    return Err(ClusterError::Request { what, why: REMEDY.to_owned() });
                 }
                 // Not as we know it: there already, changed, or gone.
                 Err(error) if matches!(code(&error), 404 | 409) => {
-                    let theirs = self.maps.get_opt(&name).await.map_err(|error| failed(&error))?;
-                    let theirs = theirs.map(|map| read(node, &map)).transpose()?;
+                    let theirs = self.objects.get_opt(node).await.map_err(|error| failed(&error))?;
+                    let theirs = theirs.map(|object| read(&object)).transpose()?;
                     let known = self.known.remove(node).unwrap_or_default();
-                    if let Some(theirs) = theirs {
-                        let added = theirs.places.iter().filter(|(uid, _)| !known.places.contains_key(*uid));
-                        for (uid, place) in added {
-                            places.entry(uid.clone()).or_insert_with(|| place.clone());
+                    if let Some((_, theirs)) = theirs {
+                        add_new(&mut places, &known.places, &theirs.places);
+                        if !reported {
+                            add_new(&mut failures, &known.failures, &theirs.failures);
                         }
                         self.known.insert(node.to_owned(), theirs);
                     }
@@ -111,10 +136,48 @@ impl Records {
         }
         Err(ClusterError::Request { what, why: format!("changed by others {ATTEMPTS} times in a row") })
     }
+
+    /// Deletes what says nothing, of nodes that are not there any more. What cannot be deleted now is tried again with
+    /// the next call.
+    pub fn forget(&mut self, is_there: impl Fn(&str) -> bool) {
+        let says_nothing = |record: &Record| record.places.is_empty() && record.failures.is_empty();
+        let gone = self.known.iter().filter(|(node, record)| says_nothing(record) && !is_there(node));
+        for (node, version) in gone.map(|(node, r)| (node.clone(), r.version.clone())).collect::<Vec<_>>() {
+            let preconditions = Preconditions { resource_version: Some(version), uid: None };
+            let params = DeleteParams { preconditions: Some(preconditions), ..DeleteParams::default() };
+            let deleted = async {
+                match self.objects.delete(&node, &params).await {
+                    // Gone already, or changed: then its watch says how.
+                    Err(error) if !matches!(code(&error), 404 | 409) => {
+                        Err(ClusterError::request(&what(&node), &error))
+                    }
+                    _ => Ok(()),
+                }
+            };
+            match self.runtime.block_on(bounded(&what(&node), deleted)) {
+                Ok(()) => drop(self.known.remove(&node)),
+                Err(error) => {
+                    tracing::warn!(target: "enrollment", "its node is gone, and it cannot be deleted: {error}");
+                    return;
+                }
+            }
+        }
+    }
+}
+
+/// Adds what `theirs` has and `known` did not.
+fn add_new<T: Clone>(
+    ours: &mut BTreeMap<String, T>,
+    known: &BTreeMap<String, T>,
+    theirs: &BTreeMap<String, T>,
+) {
+    for (uid, value) in theirs.iter().filter(|(uid, _)| !known.contains_key(*uid)) {
+        ours.entry(uid.clone()).or_insert_with(|| value.clone());
+    }
 }
 
 fn what(node: &str) -> String {
-    format!("ConfigMap {PREFIX}{node}")
+    format!("{} {node}", NodeEnrollment::KIND)
 }
 
 fn is_newer(version: &str, than: &str) -> bool {
@@ -124,44 +187,47 @@ fn is_newer(version: &str, than: &str) -> bool {
     }
 }
 
-fn map(name: &str, places: &Places, version: Option<&str>) -> Result<ConfigMap, ClusterError> {
-    let entries = places.iter().map(|(uid, place)| Entry {
+fn object(node: &str, places: &Places, failures: &Failures, version: Option<String>) -> DynamicObject {
+    let enrolled = places.iter().map(|(uid, place)| EnrolledPod {
         uid: uid.clone(),
         pod_uid: place.pod_uid.clone(),
-        addresses: place.addresses.clone(),
+        addresses: place.addresses.iter().copied().map(Ip).collect(),
     });
-    let text = serde_json::to_string(&entries.collect::<Vec<_>>())
-        .map_err(|error| ClusterError::Invalid { what: name.to_owned(), why: error.to_string() })?;
-    let labels = [(LABEL, "true"), ("app.kubernetes.io/part-of", "weft")];
-    Ok(ConfigMap {
-        metadata: ObjectMeta {
-            name: Some(name.to_owned()),
-            labels: Some(labels.map(|(name, value)| (name.to_owned(), value.to_owned())).into()),
-            resource_version: version.map(str::to_owned),
-            ..ObjectMeta::default()
-        },
-        data: Some([(DATA.to_owned(), text)].into()),
-        ..ConfigMap::default()
-    })
+    let failures = failures
+        .iter()
+        .map(|(uid, failure)| FailedPod { uid: uid.clone(), message: failure.message.clone() });
+    let (enrolled, failures): (Vec<_>, Vec<_>) = (enrolled.collect(), failures.collect());
+    let (enrolled_pods, failed_pods) = (enrolled.len(), failures.len());
+    let status = NodeEnrollmentStatus { enrolled_pods, failed_pods, enrolled, failures };
+    let mut object = DynamicObject::new(node, &resource()).data(json!({ "status": status }));
+    let label = ("app.kubernetes.io/part-of".to_owned(), "weft".to_owned());
+    object.metadata.labels = Some([label].into());
+    object.metadata.resource_version = version;
+    object
 }
 
-/// The node whose ConfigMap has that name.
-pub fn node(name: &str) -> Option<&str> {
-    name.strip_prefix(PREFIX)
-}
-
-/// Reads a node's ConfigMap. One that cannot be understood is an error: to go on without it would announce enrolled pods
-/// as plaintext.
-pub fn read(node: &str, map: &ConfigMap) -> Result<Record, ClusterError> {
-    let invalid = |why: String| ClusterError::Invalid { what: what(node), why };
-    let text = map.data.as_ref().and_then(|data| data.get(DATA));
-    let text = text.ok_or_else(|| invalid(format!("has no data.{DATA}")))?;
-    let entries: Vec<Entry> =
-        serde_json::from_str(text).map_err(|error| invalid(format!("data.{DATA}: {error}")))?;
-    let places = entries.into_iter().map(|entry| {
-        let place = Place { node: node.to_owned(), addresses: entry.addresses, pod_uid: entry.pod_uid };
-        (entry.uid, place)
+/// Reads a NodeEnrollment: the node, and what is written down of it. One that cannot be understood is an error: to go on
+/// without it would announce enrolled pods as plaintext.
+pub fn read(object: &DynamicObject) -> Result<(String, Record), ClusterError> {
+    let name = object.metadata.name.clone().unwrap_or_default();
+    let mut value = match &object.data {
+        Value::Object(fields) => fields.clone(),
+        _ => serde_json::Map::new(),
+    };
+    value.insert("metadata".to_owned(), json!({ "name": name }));
+    let read = serde_path_to_error::deserialize::<_, NodeEnrollment>(Value::Object(value));
+    let NodeEnrollment { metadata, status } = read.map_err(|error| ClusterError::Invalid {
+        what: what(&name),
+        why: format!("field {}: {}", error.path(), error.inner()),
+    })?;
+    let node = metadata.name;
+    let places = status.enrolled.into_iter().map(|pod| {
+        let addresses = pod.addresses.into_iter().map(|address| address.0).collect();
+        (pod.uid, Place { node: node.clone(), addresses, pod_uid: pod.pod_uid })
     });
-    let version = map.metadata.resource_version.clone().unwrap_or_default();
-    Ok(Record { version, places: places.collect() })
+    let failures = status.failures.into_iter();
+    let failures = failures.map(|pod| (pod.uid, Failure { node: node.clone(), message: pod.message }));
+    let (places, failures) = (places.collect(), failures.collect());
+    let version = object.metadata.resource_version.clone().unwrap_or_default();
+    Ok((node, Record { version, places, failures }))
 }

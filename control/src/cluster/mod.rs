@@ -3,6 +3,8 @@
 
 pub mod authority;
 pub mod enrollment;
+pub mod lease;
+pub mod status;
 
 use std::{future::Future, time::Duration};
 

@@ -10,6 +10,7 @@ use std::{
 };
 
 use serde::{Deserialize, Serialize};
+use weft_api::{Pod, node_enrollment::FailedPod};
 
 use crate::{
     cluster::{
@@ -34,8 +35,26 @@ pub struct Place {
     pub pod_uid: Option<String>,
 }
 
+impl Place {
+    /// The pod's; None as long as it has no node or no address.
+    pub fn of(pod: &Pod) -> Option<Self> {
+        let (node, addresses) = (pod.spec.node_name.clone()?, pod.addresses());
+        (!addresses.is_empty()).then(|| Self { node, addresses, pod_uid: pod.metadata.uid.clone() })
+    }
+}
+
 /// Pods by workload uid.
 pub type Places = BTreeMap<String, Place>;
+
+/// Why a node's agent cannot enrol a pod.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failure {
+    pub node: String,
+    pub message: String,
+}
+
+/// By workload uid.
+pub type Failures = BTreeMap<String, Failure>;
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -69,13 +88,25 @@ pub struct Enrollment {
     /// In a cluster, what another replica wrote down of pods that are not known here as it knows them, and since when:
     /// its watches may be ahead of ours.
     pending: BTreeMap<String, (Place, Instant)>,
+    /// As agents last reported them, to whatever replica.
+    failures: Failures,
+    /// In a cluster they are written down, for other replicas and for people.
+    written_failures: Failures,
+    /// Those of `failures` that another replica wrote down of pods that are not known here as it knows them, since when.
+    pending_failures: BTreeMap<String, Instant>,
 }
 
 impl Enrollment {
     /// In a cluster. What earlier controllers left comes with [`Enrollment::heard`].
     pub fn in_cluster(records: Records) -> Self {
-        let (enrolled, written) = (Places::new(), Places::new());
-        Self { storage: Storage::Cluster(Box::new(records)), enrolled, written, pending: BTreeMap::new() }
+        Self::new(Storage::Cluster(Box::new(records)), Places::new())
+    }
+
+    fn new(storage: Storage, enrolled: Places) -> Self {
+        let (written, pending) = (enrolled.clone(), BTreeMap::new());
+        let (failures, written_failures) = (Failures::new(), Failures::new());
+        let pending_failures = BTreeMap::new();
+        Self { storage, enrolled, written, pending, failures, written_failures, pending_failures }
     }
 
     /// What an earlier run left. A file that cannot be understood is an error: to start without it would announce
@@ -96,12 +127,19 @@ impl Enrollment {
                 persisted.enrolled
             }
         };
-        let written = enrolled.clone();
-        Ok(Self { storage: Storage::Directory(state), enrolled, written, pending: BTreeMap::new() })
+        Ok(Self::new(Storage::Directory(state), enrolled))
     }
 
     pub fn enrolled(&self) -> &Places {
         &self.enrolled
+    }
+
+    pub fn failures(&self) -> &Failures {
+        &self.failures
+    }
+
+    fn in_directory(&self) -> bool {
+        matches!(self.storage, Storage::Directory(_))
     }
 
     /// Forgets every pod that `desired` does not list as it was enrolled. A write that fails is logged and made up for
@@ -110,9 +148,23 @@ impl Enrollment {
         let before = self.enrolled.len();
         self.enrolled.retain(|uid, place| desired.get(uid) == Some(place));
         self.promote(desired);
-        if self.enrolled.len() != before && matches!(self.storage, Storage::Directory(_)) {
-            self.tidy();
+        if self.enrolled.len() != before && self.in_directory() {
+            self.tidy(|_| true);
         }
+    }
+
+    /// Forgets why pods could not be enrolled that `is_wanted` does not say are to be, by node and uid. As with
+    /// [`Enrollment::retain`], that is written down later.
+    pub fn retain_failures(&mut self, is_wanted: impl Fn(&str, &str) -> bool) {
+        let pending = &mut self.pending_failures;
+        self.failures.retain(|uid, failure| {
+            if is_wanted(&failure.node, uid) {
+                pending.remove(uid);
+                return true;
+            }
+            pending.get(uid).is_some_and(|since| since.elapsed() < PATIENCE)
+        });
+        pending.retain(|uid, _| self.failures.contains_key(uid));
     }
 
     /// Pods that another replica knew first count as soon as they are known here.
@@ -123,25 +175,21 @@ impl Enrollment {
 
     /// Writes down who was forgotten. In a cluster that is left for when there is nothing else to do, since pods that
     /// end are many and an old entry of one counts for nothing. Returns whether another replica was found to have
-    /// written more; [`Enrollment::retain`] then says what counts.
-    pub fn tidy(&mut self) -> bool {
+    /// written more; [`Enrollment::retain`] then says what counts. Nodes that are not there lose what is empty.
+    pub fn tidy(&mut self, is_there: impl Fn(&str) -> bool) -> bool {
         self.pending.retain(|_, (_, since)| since.elapsed() < PATIENCE);
         let wanted = self.wanted(&self.enrolled);
-        if self.written == wanted {
-            return false;
-        }
-        let differs = |one: &Places, other: &Places| -> BTreeSet<String> {
-            let places = one.iter().filter(|(uid, place)| other.get(*uid) != Some(place));
-            places.map(|(_, place)| place.node.clone()).collect()
-        };
-        let mut nodes = differs(&self.written, &wanted);
-        nodes.append(&mut differs(&wanted, &self.written));
+        let mut nodes = differing(&self.written, &wanted, |place| &place.node);
+        nodes.append(&mut differing(&self.written_failures, &self.failures, |failure| &failure.node));
         let before = self.pending.len();
         for node in nodes {
-            if let Err(error) = self.write(&node, self.enrolled.clone()) {
+            if let Err(error) = self.write(&node, self.enrolled.clone(), self.failures.clone(), false) {
                 tracing::error!(target: "enrollment", "cannot write down who left the mesh: {error}");
-                break;
+                return self.pending.len() != before;
             }
+        }
+        if let Storage::Cluster(records) = &mut self.storage {
+            records.forget(is_there);
         }
         self.pending.len() != before
     }
@@ -152,12 +200,14 @@ impl Enrollment {
         pending.chain(enrolled.clone()).collect()
     }
 
-    /// Takes in what `node` reports as enrolled. Only pods that `desired` places on that node count; a pod left out
-    /// stays enrolled. Returns whether anything changed; on an error nothing has.
+    /// Takes in what `node` reports: as enrolled, of which only pods that `desired` places on that node count, and a pod
+    /// left out stays enrolled; and all that it cannot enrol, with why. Returns whether more is enrolled; on an error
+    /// nothing has changed.
     pub fn report(
         &mut self,
         node: &str,
         uids: &BTreeSet<String>,
+        failed: BTreeMap<String, String>,
         desired: &Places,
     ) -> Result<bool, EnrollmentError> {
         let mut enrolled = self.enrolled.clone();
@@ -166,13 +216,22 @@ impl Enrollment {
                 enrolled.insert(uid.clone(), place.clone());
             }
         }
-        if enrolled == self.enrolled {
-            return Ok(false);
+        let mut failures = self.failures.clone();
+        failures.retain(|_, failure| failure.node != node);
+        failures.extend(failed.into_iter().map(|(uid, message)| {
+            let message = message[..message.floor_char_boundary(FailedPod::MESSAGE_BYTES)].to_owned();
+            (uid, Failure { node: node.to_owned(), message })
+        }));
+        let more = enrolled != self.enrolled;
+        if more || (failures != self.failures && !self.in_directory()) {
+            self.write(node, enrolled.clone(), failures.clone(), true)?;
         }
-        self.write(node, enrolled.clone())?;
-        self.enrolled = enrolled;
+        if self.in_directory() {
+            self.written_failures = failures.clone();
+        }
+        (self.enrolled, self.failures) = (enrolled, failures);
         self.promote(desired);
-        Ok(true)
+        Ok(more)
     }
 
     /// Takes in what is written down in the cluster: by an earlier controller if `desired` is None, since objects have
@@ -187,6 +246,15 @@ impl Enrollment {
         let before = std::mem::take(&mut self.pending);
         self.pending =
             before.clone().into_iter().filter(|(_, (place, _))| place.node != heard.node).collect();
+        for uid in heard.record.iter().flat_map(|record| record.failures.keys()) {
+            if !self.failures.contains_key(uid) {
+                self.pending_failures.insert(uid.clone(), Instant::now());
+            }
+        }
+        for failures in [&mut self.failures, &mut self.written_failures] {
+            failures.retain(|_, failure| failure.node != heard.node);
+            failures.extend(heard.record.iter().flat_map(|record| record.failures.clone()));
+        }
         let mut changed = false;
         for (uid, place) in heard.record.iter().flat_map(|record| &record.places) {
             self.written.insert(uid.clone(), place.clone());
@@ -204,9 +272,15 @@ impl Enrollment {
         changed
     }
 
-    /// Writes `enrolled` down: in a directory all of it, in a cluster what concerns `node`. What another replica turns
-    /// out to have added there is then pending.
-    fn write(&mut self, node: &str, enrolled: Places) -> Result<(), EnrollmentError> {
+    /// Writes down who is enrolled: in a directory all of it, in a cluster what concerns `node`, and who cannot be. What
+    /// another replica turns out to have added there is then pending.
+    fn write(
+        &mut self,
+        node: &str,
+        enrolled: Places,
+        failures: Failures,
+        reported: bool,
+    ) -> Result<(), EnrollmentError> {
         let wanted = self.wanted(&enrolled);
         match &mut self.storage {
             Storage::Directory(state) => {
@@ -214,11 +288,12 @@ impl Enrollment {
                 let text = serde_json::to_vec_pretty(&persisted)
                     .map_err(|e| StateError::Invalid { path: state.path(FILE), why: e.to_string() })?;
                 state.write(FILE, &text, Access::Private)?;
-                self.written = persisted.enrolled;
+                (self.written, self.written_failures) = (persisted.enrolled, failures);
             }
             Storage::Cluster(records) => {
                 let wanted: Places = wanted.into_iter().filter(|(_, place)| place.node == node).collect();
-                let written = records.write(node, wanted.clone())?;
+                let failures = failures.into_iter().filter(|(_, failure)| failure.node == node).collect();
+                let (written, failures) = records.write(node, wanted.clone(), failures, reported)?;
                 self.written.retain(|_, place| place.node != node);
                 for (uid, place) in written {
                     if !wanted.contains_key(&uid) {
@@ -226,10 +301,27 @@ impl Enrollment {
                     }
                     self.written.insert(uid, place);
                 }
+                for known in [&mut self.written_failures, &mut self.failures] {
+                    known.retain(|_, failure| failure.node != node);
+                    known.extend(failures.clone());
+                }
             }
         }
         Ok(())
     }
+}
+
+/// The nodes of what is in one of the maps and not the same in the other.
+fn differing<T: PartialEq>(
+    one: &BTreeMap<String, T>,
+    other: &BTreeMap<String, T>,
+    node: impl Fn(&T) -> &String,
+) -> BTreeSet<String> {
+    let missing = |one: &BTreeMap<String, T>, other: &BTreeMap<String, T>| -> BTreeSet<String> {
+        let values = one.iter().filter(|(uid, value)| other.get(*uid) != Some(value));
+        values.map(|(_, value)| node(value).clone()).collect()
+    };
+    missing(one, other).union(&missing(other, one)).cloned().collect()
 }
 
 #[cfg(test)]
@@ -259,8 +351,8 @@ mod tests {
     fn is_remembered_over_a_restart() {
         let (_guard, state) = temporary();
         let mut enrollment = Enrollment::load(state.clone()).unwrap();
-        assert!(enrollment.report("n1", &uids(&["a"]), &desired()).unwrap());
-        assert!(!enrollment.report("n1", &uids(&["a"]), &desired()).unwrap());
+        assert!(enrollment.report("n1", &uids(&["a"]), BTreeMap::new(), &desired()).unwrap());
+        assert!(!enrollment.report("n1", &uids(&["a"]), BTreeMap::new(), &desired()).unwrap());
         let mut enrollment = Enrollment::load(state.clone()).unwrap();
         assert_eq!(names(&enrollment), ["a"]);
         // The pod goes; a restart must not bring it back.
@@ -273,8 +365,8 @@ mod tests {
     fn a_pod_left_out_of_a_report_stays() {
         let (_guard, state) = temporary();
         let mut enrollment = Enrollment::load(state).unwrap();
-        enrollment.report("n1", &uids(&["a"]), &desired()).unwrap();
-        enrollment.report("n1", &uids(&[]), &desired()).unwrap();
+        enrollment.report("n1", &uids(&["a"]), BTreeMap::new(), &desired()).unwrap();
+        enrollment.report("n1", &uids(&[]), BTreeMap::new(), &desired()).unwrap();
         assert_eq!(names(&enrollment), ["a"]);
     }
 
@@ -282,7 +374,7 @@ mod tests {
     fn a_node_speaks_for_its_own_pods_only() {
         let (_guard, state) = temporary();
         let mut enrollment = Enrollment::load(state).unwrap();
-        assert!(!enrollment.report("n1", &uids(&["b", "c"]), &desired()).unwrap());
+        assert!(!enrollment.report("n1", &uids(&["b", "c"]), BTreeMap::new(), &desired()).unwrap());
         assert!(names(&enrollment).is_empty());
     }
 
@@ -296,7 +388,7 @@ mod tests {
         for change in changes {
             let (_guard, state) = temporary();
             let mut enrollment = Enrollment::load(state).unwrap();
-            enrollment.report("n1", &uids(&["a"]), &desired()).unwrap();
+            enrollment.report("n1", &uids(&["a"]), BTreeMap::new(), &desired()).unwrap();
             let mut moved = desired();
             change(moved.get_mut("a").unwrap());
             enrollment.retain(&moved);
@@ -310,10 +402,10 @@ mod tests {
         let mut enrollment = Enrollment::load(state.clone()).unwrap();
         // A directory in the file's place makes the rename fail, also for root.
         std::fs::create_dir(state.path(FILE)).unwrap();
-        assert!(enrollment.report("n1", &uids(&["a"]), &desired()).is_err());
+        assert!(enrollment.report("n1", &uids(&["a"]), BTreeMap::new(), &desired()).is_err());
         assert!(names(&enrollment).is_empty());
         std::fs::remove_dir(state.path(FILE)).unwrap();
-        assert!(enrollment.report("n1", &uids(&["a"]), &desired()).unwrap());
+        assert!(enrollment.report("n1", &uids(&["a"]), BTreeMap::new(), &desired()).unwrap());
         // A removal counts even if it could not be written, and is written with the next change.
         std::fs::remove_file(state.path(FILE)).unwrap();
         std::fs::create_dir(state.path(FILE)).unwrap();

@@ -23,7 +23,7 @@ use weft_proto::{
 
 use crate::{
     enrollment::{Place, Places},
-    store::Store,
+    store::{Name, Store},
 };
 
 /// Settings that are the same for the whole mesh.
@@ -42,8 +42,15 @@ pub struct MeshSettings {
 }
 
 impl MeshSettings {
-    fn pod_uid(&self, namespace: &str, name: &str) -> String {
+    pub fn pod_uid(&self, namespace: &str, name: &str) -> String {
         format!("{}//Pod/{namespace}/{name}", self.cluster_id)
+    }
+
+    /// Namespace and name of the pod with that uid.
+    pub fn pod_of(&self, uid: &str) -> Option<Name> {
+        let (namespace, name) =
+            uid.strip_prefix(&self.cluster_id)?.strip_prefix("//Pod/")?.split_once('/')?;
+        Some((namespace.to_owned(), name.to_owned()))
     }
 
     fn hostname(&self, namespace: &str, service: &str) -> String {
@@ -119,14 +126,7 @@ fn wanted(store: &Store, namespace: &str, pod: &Pod) -> bool {
 pub fn desired(store: &Store, settings: &MeshSettings) -> Places {
     live_pods(store, settings)
         .filter(|(_, namespace, pod)| wanted(store, namespace, pod))
-        .filter_map(|(uid, _, pod)| {
-            let place = Place {
-                node: pod.spec.node_name.clone()?,
-                addresses: pod.addresses(),
-                pod_uid: pod.metadata.uid.clone(),
-            };
-            (!place.addresses.is_empty()).then_some((uid, place))
-        })
+        .filter_map(|(uid, _, pod)| Some((uid, Place::of(pod)?)))
         .collect()
 }
 
@@ -137,6 +137,13 @@ pub fn waiting(store: &Store, settings: &MeshSettings, node: &str) -> BTreeSet<S
         .filter(|(_, namespace, pod)| wanted(store, namespace, pod))
         .map(|(uid, _, _)| uid)
         .collect()
+}
+
+/// Whether labels want a pod in the mesh that is on that node, with an address or without.
+pub fn is_wanted(store: &Store, settings: &MeshSettings, node: &str, uid: &str) -> bool {
+    let Some(name) = settings.pod_of(uid) else { return false };
+    let Some(pod) = store.pods.get(&name).filter(|pod| !pod.is_gone()) else { return false };
+    pod.spec.node_name.as_deref() == Some(node) && wanted(store, &name.0, pod)
 }
 
 /// What the certificate authority may issue. A pod counts before it has an address, so that its certificate can be

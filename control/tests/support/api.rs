@@ -32,10 +32,14 @@ struct World {
     /// Watches from before are too old to go on.
     compacted: u64,
     forbidden: BTreeSet<String>,
+    /// Nobody is answered any more.
+    silent: bool,
     missing: BTreeSet<String>,
     /// Token to the status of its review.
     tokens: BTreeMap<String, Value>,
     reviews: usize,
+    /// Of Pods' status.
+    patches: Vec<Value>,
 }
 
 /// Cheap to clone: every clone is the same server.
@@ -84,11 +88,7 @@ impl Api {
 
     pub fn delete(&self, plural: &str, namespace: &str, name: &str) {
         self.with(|world| {
-            let key = (plural.to_owned(), namespace.to_owned(), name.to_owned());
-            let mut object = world.objects.remove(&key).unwrap();
-            world.version += 1;
-            object["metadata"]["resourceVersion"] = json!(world.version.to_string());
-            world.tell(plural, "DELETED", &object);
+            world.delete(&(plural.to_owned(), namespace.to_owned(), name.to_owned()));
         });
     }
 
@@ -114,9 +114,20 @@ impl Api {
         });
     }
 
+    /// Answers nobody any more, or again; watches that are open tell nothing.
+    pub fn silence(&self, silent: bool) {
+        self.with(|world| {
+            world.silent = silent;
+            world.watches.clear();
+        });
+    }
+
     /// There is no such kind.
-    pub fn lack(&self, plural: &str) {
-        self.with(|world| world.missing.insert(plural.to_owned()));
+    pub fn lack(&self, plural: &str, missing: bool) {
+        self.with(|world| match missing {
+            true => drop(world.missing.insert(plural.to_owned())),
+            false => drop(world.missing.remove(plural)),
+        });
     }
 
     /// What a review of `token` answers.
@@ -128,7 +139,15 @@ impl Api {
         self.with(|world| world.reviews)
     }
 
+    /// What was written on Pods' status, one after the other.
+    pub fn patches(&self) -> Vec<Value> {
+        self.with(|world| world.patches.clone())
+    }
+
     async fn answer(&self, request: Request<Incoming>) -> Response<Body> {
+        while self.with(|world| world.silent) {
+            tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        }
         let (parts, body) = request.into_parts();
         let body = body.collect().await.unwrap().to_bytes();
         let body = serde_json::from_slice(&body).unwrap_or(Value::Null);
@@ -146,8 +165,10 @@ impl Api {
             if world.missing.contains(plural) {
                 return refusal(404, "the server could not find the requested resource");
             }
-            if world.forbidden.contains(plural) {
-                return refusal(403, &format!("{plural} is forbidden"));
+            let subresource = rest.get(2).map(|subresource| format!("{plural}/{subresource}"));
+            let what = subresource.as_deref().unwrap_or(plural);
+            if world.forbidden.contains(what) {
+                return refusal(403, &format!("{what} is forbidden"));
             }
             match (&parts.method, name) {
                 (&Method::POST, None) if plural == "tokenreviews" => {
@@ -174,6 +195,20 @@ impl Api {
                     }
                     whole(200, &world.put_in(plural, namespace, body))
                 }
+                (&Method::PATCH, Some(name)) => {
+                    assert_eq!(what, "pods/status");
+                    assert_eq!(parts.headers["content-type"], "application/strategic-merge-patch+json");
+                    world.patch(namespace, name, body)
+                }
+                (&Method::DELETE, Some(name)) => {
+                    let key = (plural.to_owned(), namespace.to_owned(), name.to_owned());
+                    let Some(known) = world.objects.get(&key) else { return refusal(404, "not found") };
+                    let version = &body["preconditions"]["resourceVersion"];
+                    if !version.is_null() && *version != known["metadata"]["resourceVersion"] {
+                        return refusal(409, "the object has been modified");
+                    }
+                    whole(200, &world.delete(&key))
+                }
                 (_, Some(name)) => {
                     let key = (plural.to_owned(), namespace.to_owned(), name.to_owned());
                     match world.objects.get(&key) {
@@ -188,9 +223,7 @@ impl Api {
                     let items: Vec<&Value> = world
                         .objects
                         .iter()
-                        .filter(|((p, _, _), object)| {
-                            p == plural && selected(object, query.get("labelSelector"))
-                        })
+                        .filter(|((p, _, _), _)| p == plural)
                         .map(|(_, object)| object)
                         .collect();
                     let metadata = json!({"resourceVersion": world.version.to_string()});
@@ -222,6 +255,32 @@ impl World {
         object
     }
 
+    /// A patch of a Pod's conditions, which merge by their type.
+    fn patch(&mut self, namespace: &str, name: &str, patch: Value) -> Response<Body> {
+        let key = ("pods".to_owned(), namespace.to_owned(), name.to_owned());
+        let Some(mut pod) = self.objects.get(&key).cloned() else { return refusal(404, "not found") };
+        if pod["metadata"]["uid"] != patch["metadata"]["uid"] {
+            return refusal(409, "the UID in the precondition is another one");
+        }
+        let conditions = &mut pod["status"]["conditions"];
+        let mut merged = conditions.as_array().cloned().unwrap_or_default();
+        for new in patch["status"]["conditions"].as_array().unwrap() {
+            merged.retain(|old| old["type"] != new["type"]);
+            merged.push(new.clone());
+        }
+        *conditions = json!(merged);
+        self.patches.push(patch);
+        whole(200, &self.put_in("pods", namespace, pod))
+    }
+
+    fn delete(&mut self, key: &(String, String, String)) -> Value {
+        let mut object = self.objects.remove(key).unwrap();
+        self.version += 1;
+        object["metadata"]["resourceVersion"] = json!(self.version.to_string());
+        self.tell(&key.0, "DELETED", &object);
+        object
+    }
+
     fn tell(&mut self, plural: &str, what: &str, object: &Value) {
         let event = json!({"type": what, "object": object});
         self.history.push((self.version, plural.to_owned(), event.clone()));
@@ -241,23 +300,10 @@ impl World {
             }
             self.watches.push((plural.to_owned(), sender));
         }
-        let plural = plural.to_owned();
         let events = UnboundedReceiverStream::new(events)
-            // Only the kind that has a selector shares its path with others.
-            .filter(move |event| {
-                let is_error = event["type"] == "ERROR";
-                let wanted =
-                    is_error || plural != "configmaps" || selected(&event["object"], Some(&"enrollment"));
-                std::future::ready(wanted)
-            })
             .map(|event| Ok(Frame::data(Bytes::from(format!("{event}\n")))));
         Response::new(BodyExt::boxed(StreamBody::new(events)))
     }
-}
-
-/// Selectors are there for one label only.
-fn selected(object: &Value, selector: Option<&&str>) -> bool {
-    selector.is_none() || object["metadata"]["labels"]["weft.dev/enrollment"] == "true"
 }
 
 fn text(value: &Value) -> String {

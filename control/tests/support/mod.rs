@@ -13,7 +13,7 @@ use tokio::{sync::mpsc, sync::watch, time::timeout};
 use tonic::Code;
 use weft_proto::{
     ca::{IstioCertificateRequest, istio_certificate_service_client::IstioCertificateServiceClient},
-    node::{EnrollmentReport, LocalWorkload, node_service_client::NodeServiceClient},
+    node::{EnrollmentFailure, EnrollmentReport, LocalWorkload, node_service_client::NodeServiceClient},
     type_url,
     workload::{Address, TunnelProtocol, address},
 };
@@ -136,9 +136,20 @@ impl Agent {
 }
 
 pub async fn report(endpoint: &ControlEndpoint, uids: &[&str]) -> Result<(), Code> {
+    report_failures(endpoint, uids, &[]).await
+}
+
+pub async fn report_failures(
+    endpoint: &ControlEndpoint,
+    uids: &[&str],
+    failures: &[(&str, &str)],
+) -> Result<(), Code> {
     let mut client = NodeServiceClient::new(weft_xds::channel(endpoint).unwrap());
     let enrolled_uids = uids.iter().map(|uid| (*uid).to_owned()).collect();
-    let request = EnrollmentReport { enrolled_uids, failures: Vec::new() };
+    let failures = failures
+        .iter()
+        .map(|(uid, message)| EnrollmentFailure { uid: (*uid).to_owned(), message: (*message).to_owned() });
+    let request = EnrollmentReport { enrolled_uids, failures: failures.collect() };
     client.report_enrollment(request).await.map(drop).map_err(|status| status.code())
 }
 

@@ -3,7 +3,7 @@
 use std::{fmt, net::IpAddr};
 
 use ipnet::IpNet;
-use serde::{Deserialize, Deserializer, de};
+use serde::{Deserialize, Deserializer, Serialize, de};
 
 /// `null` is the same as an absent field to Kubernetes, also where the field is a list, a map or a boolean.
 pub(crate) fn nullable<'de, D, T>(deserializer: D) -> Result<T, D::Error>
@@ -87,7 +87,7 @@ fn parse_network<E: de::Error>(text: &str) -> Result<IpNet, E> {
 }
 
 /// An address within a list: transparent, but read like [`ip`].
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Ip(#[serde(deserialize_with = "ip")] pub IpAddr);
 

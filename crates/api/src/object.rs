@@ -136,6 +136,14 @@ impl Object {
         ObjectKey { kind, namespace: namespace.to_owned(), name: metadata.name.clone() }
     }
 
+    /// Whether the mesh follows the same from both: what Weft itself writes there counts for nothing.
+    pub fn is_same_to_mesh(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Pod(one), Self::Pod(other)) => one.is_same_to_mesh(other),
+            (one, other) => one == other,
+        }
+    }
+
     /// Checks what the fields' types cannot show.
     pub fn validate(&self) -> Result<(), FieldError> {
         match self {

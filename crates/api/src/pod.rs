@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer, Serialize};
 
 use crate::{field, field::Ip, labels, meta::ObjectMeta};
 
@@ -36,7 +36,7 @@ pub struct PodStatus {
     #[serde(default, rename = "podIPs", deserialize_with = "field::nullable")]
     pub pod_ips: Vec<PodIp>,
     #[serde(default, deserialize_with = "field::nullable")]
-    pub conditions: Vec<Condition>,
+    pub conditions: Conditions,
 }
 
 /// Absent, as it is in hand-written manifests, means a pod that runs.
@@ -54,11 +54,52 @@ pub struct PodIp {
     pub ip: Ip,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+/// Of the list of conditions, those that Weft reads.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Conditions {
+    /// Whether `Ready` is True.
+    pub ready: Option<bool>,
+    /// [`Condition::ENROLLED`], which Weft writes itself.
+    pub enrolled: Option<Condition>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Condition {
     #[serde(rename = "type")]
     pub kind: String,
+    /// `True`, `False` or `Unknown`.
     pub status: String,
+    #[serde(default, deserialize_with = "field::nullable")]
+    pub reason: String,
+    #[serde(default, deserialize_with = "field::nullable")]
+    pub message: String,
+    /// When `status` last changed, as in RFC 3339.
+    #[serde(default)]
+    pub last_transition_time: Option<String>,
+}
+
+impl Condition {
+    /// Whether the pod is in the mesh: its agent has enrolled it, and it is reached by tunnel only.
+    pub const ENROLLED: &str = "weft.dev/Enrolled";
+
+    pub fn is_true(&self) -> bool {
+        self.status == "True"
+    }
+}
+
+impl<'de> Deserialize<'de> for Conditions {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let mut conditions = Self::default();
+        for condition in Vec::<Condition>::deserialize(deserializer)? {
+            match condition.kind.as_str() {
+                "Ready" => conditions.ready = Some(condition.is_true()),
+                Condition::ENROLLED => conditions.enrolled = Some(condition),
+                _ => {}
+            }
+        }
+        Ok(conditions)
+    }
 }
 
 impl Pod {
@@ -85,7 +126,17 @@ impl Pod {
 
     /// The `Ready` condition; None where the status does not say.
     pub fn ready(&self) -> Option<bool> {
-        self.status.conditions.iter().find(|c| c.kind == "Ready").map(|c| c.status == "True")
+        self.status.conditions.ready
+    }
+
+    /// Whether the mesh follows the same from both: what Weft itself writes there counts for nothing.
+    pub fn is_same_to_mesh(&self, other: &Self) -> bool {
+        let Self { metadata, spec, status } = self;
+        let PodStatus { phase, pod_ip, pod_ips, conditions: Conditions { ready, enrolled: _ } } = status;
+        let theirs = &other.status;
+        (metadata, spec) == (&other.metadata, &other.spec)
+            && (phase, pod_ip, pod_ips) == (&theirs.phase, &theirs.pod_ip, &theirs.pod_ips)
+            && *ready == theirs.conditions.ready
     }
 
     pub fn netns_path(&self) -> Option<&str> {

@@ -47,6 +47,25 @@ fn a_pod_as_the_api_server_writes_it() {
 }
 
 #[test]
+fn what_weft_writes_on_a_pod_is_no_change_of_the_mesh() {
+    let pod = |ready: &str, enrolled: &str, extra: &str| -> Pod {
+        read(json!({"metadata": {"name": "web"}, "status": {"conditions": [
+            {"type": "PodScheduled", "status": extra, "lastProbeTime": null},
+            {"type": "Ready", "status": ready},
+            {"type": "weft.dev/Enrolled", "status": enrolled, "reason": "R", "message": null,
+                "lastTransitionTime": "2026-01-02T03:04:05Z"}
+        ]}}))
+    };
+    let one = pod("True", "True", "True");
+    let enrolled = one.status.conditions.enrolled.clone().unwrap();
+    assert_eq!((enrolled.is_true(), enrolled.reason.as_str(), enrolled.message.as_str()), (true, "R", ""));
+    assert_eq!(one, pod("True", "True", "False"), "conditions that nobody reads are kept");
+    let echo = pod("True", "False", "True");
+    assert!(one != echo && one.is_same_to_mesh(&echo));
+    assert!(!one.is_same_to_mesh(&pod("False", "True", "True")));
+}
+
+#[test]
 fn a_pod_in_its_first_moment_has_neither_node_nor_address() {
     let pod: Pod = read(json!({"metadata": {"name": "web", "labels": null}, "spec": null,
         "status": {"podIP": "", "podIPs": null, "conditions": null}}));

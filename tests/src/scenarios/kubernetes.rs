@@ -33,7 +33,7 @@ pub const SCENARIOS: &[Scenario] = &[
     .within(400),
     Scenario::new(
         "kubernetes_operations",
-        "agents replaced and killed, controller and API server restarted, pods that come and go",
+        "agents replaced and killed, controllers and API server restarted, pods that come and go",
         operations,
     )
     .within(600),
@@ -151,6 +151,8 @@ fn operations(cluster: Builder) -> Result<()> {
     let mut pods = [addresses(&kube, "web")?, addresses(&kube, "client")?].concat();
     let url = format!("http://{}/", kube.field("shop", "service/web", ".spec.clusterIP")?);
     fetch(&kube, &url, &page)?;
+    wait_condition(&kube, &["web", "client"], "True Enrolled")?;
+    check_records(&kube)?;
     let capture = kube.capture()?;
     let start = Moment::now();
 
@@ -171,17 +173,36 @@ fn operations(cluster: Builder) -> Result<()> {
         fetch(&kube, &url, &page).map(|()| true)
     })?;
 
+    // The controllers die one after the other, and nobody notices.
+    let control = "app.kubernetes.io/name=weft-control";
+    let control_pods =
+        ["get", "pods", "-n", "weft-system", "-l", control, "-o", "jsonpath={.items[*].metadata.name}"];
+    let traffic = Calls::start(&kube, &url)?;
+    let replicas = kube.kubectl(control_pods)?;
+    ensure!(replicas.split_whitespace().count() == 2, "there are these controllers: {replicas:?}");
+    for replica in replicas.split_whitespace() {
+        kube.kubectl(["delete", "pod", "-n", "weft-system", replica, "--grace-period=0", "--force"])?;
+        rolled_out(&kube)?;
+    }
+    let (calls, failed) = traffic.stop(&kube)?;
+    ensure!(failed == 0, "{failed} of {calls} calls failed while the controllers were killed");
+    until(Duration::from_secs(40), "one of the new controllers leads", || {
+        let holder = kube.field("weft-system", "lease/weft-control", ".spec.holderIdentity")?;
+        ensure!(kube.kubectl(control_pods)?.split_whitespace().any(|pod| pod == holder), "{holder} leads");
+        Ok(true)
+    })?;
+    check_records(&kube)?;
+
     // Without API server and controller traffic goes on; a controller that comes back takes nothing back.
     kube.control_plane().kill_api()?;
     let wget = ["wget", "-q", "-O", "-", &url];
     ensure!(in_pod(&kube, "client", &wget)?.trim() == page, "without the API server nothing goes on");
     kube.control_plane().start_api()?;
-    let control = "app.kubernetes.io/name=weft-control";
     kube.kubectl(["delete", "pods", "-n", "weft-system", "-l", control, "--grace-period=0", "--force"])?;
     for _ in 0..10 {
         fetch(&kube, &url, &page).context("while the controller is replaced")?;
     }
-    kube.kubectl(["rollout", "status", "-n", "weft-system", "deployment/weft-control", "--timeout=90s"])?;
+    rolled_out(&kube)?;
     wait_enrolled(&kube, &["web", "client"]).context("with a new controller")?;
     fetch(&kube, &url, &page)?;
 
@@ -195,6 +216,19 @@ fn operations(cluster: Builder) -> Result<()> {
         Ok(local.iter().any(|pod| pod["phase"].as_str().is_some_and(|p| p.eq_ignore_ascii_case("published"))))
     })?;
     fetch(&kube, &url, &page).context("the new client")?;
+    wait_condition(&kube, &["web", "client"], "True Enrolled")?;
+    check_records(&kube)?;
+    let columns = kube.kubectl(["get", "nodeenrollments"])?;
+    ensure!(
+        columns.lines().next().is_some_and(|l| l.contains("ENROLLED") && l.contains("FAILED")),
+        "{columns}"
+    );
+    let nonsense = r#"{"status":{"enrolled":[{"uid":"a","addresses":["10.1.0"]}]}}"#;
+    let taken = kube.kubectl(["patch", "nodeenrollment", "east", "--type=merge", "-p", nonsense]);
+    ensure!(
+        taken.as_ref().is_err_and(|error| format!("{error:#}").contains("is not an IP address")),
+        "the API server says of an address that is none: {taken:?}"
+    );
     capture.stop()?.nothing_in_the_clear(start, &pods, page.as_bytes())?;
 
     // The label goes, and with it the mesh.
@@ -204,6 +238,60 @@ fn operations(cluster: Builder) -> Result<()> {
     fetch(&kube, &url, &page).context("without the label")?;
     let after = metrics(&kube, "east")?.sum("weft_tcp_connections_opened_total", &[]);
     ensure!(before == after, "an agent is still in the path");
+    wait_condition(&kube, &["web", "client"], "False NotInMesh")?;
+    until(Duration::from_secs(10), "nobody is written down as enrolled", || {
+        let left =
+            kube.kubectl(["get", "nodeenrollments", "-o", "jsonpath={.items[*].status.enrolledPods}"])?;
+        ensure!(left.split_whitespace().all(|count| count == "0"), "{left:?} are");
+        Ok(true)
+    })
+}
+
+/// Waits until the controllers are as many as they should be.
+fn rolled_out(kube: &KubeCluster) -> Result<()> {
+    kube.kubectl(["rollout", "status", "-n", "weft-system", "deployment/weft-control", "--timeout=90s"])
+        .map(drop)
+}
+
+/// Waits until the condition of these pods of `shop` has that status and reason.
+fn wait_condition(kube: &KubeCluster, pods: &[&str], expected: &str) -> Result<()> {
+    for pod in pods {
+        // A holder of the Lease that was killed is waited for.
+        until(Duration::from_secs(40), &format!("{pod} says that it is {expected:?}"), || {
+            let ours = r#".status.conditions[?(@.type=="weft.dev/Enrolled")]"#;
+            let said = kube.field("shop", &format!("pod/{pod}"), &format!("{ours}['status','reason']"))?;
+            ensure!(said == expected, "it says {said:?}");
+            Ok(true)
+        })?;
+    }
+    Ok(())
+}
+
+/// What is written down: `client` on `east` and `web` on `west`, as the pods they are.
+fn check_records(kube: &KubeCluster) -> Result<()> {
+    for (node, pod) in [("east", "client"), ("west", "web")] {
+        until(
+            Duration::from_secs(10),
+            &format!("{pod} is written down of {node}, and nothing else"),
+            || {
+                let object = format!("nodeenrollment/{node}");
+                let text = kube.kubectl(["get", object.as_str(), "-o", "jsonpath={.status}"])?;
+                let status: serde_json::Value = serde_json::from_str(&text)?;
+                let expected = serde_json::json!({
+                    "enrolledPods": 1,
+                    "failedPods": 0,
+                    "enrolled": [{
+                        "uid": format!("Kubernetes//Pod/shop/{pod}"),
+                        "podUID": kube.field("shop", &format!("pod/{pod}"), ".metadata.uid")?,
+                        "addresses": addresses(kube, pod)?,
+                    }],
+                    "failures": [],
+                });
+                ensure!(status == expected, "it is {status}");
+                Ok(true)
+            },
+        )?;
+    }
     Ok(())
 }
 

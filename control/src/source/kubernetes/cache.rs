@@ -14,6 +14,14 @@ pub struct Item {
     pub object: Result<Object, FieldError>,
 }
 
+/// What followed from an event.
+#[derive(Debug, Default, PartialEq)]
+pub struct Change {
+    pub delta: Delta,
+    /// Objects of which nothing has changed but what Weft itself writes there.
+    pub echoes: Vec<Object>,
+}
+
 #[derive(Debug, Default)]
 pub struct Cache {
     objects: BTreeMap<ObjectKey, Object>,
@@ -63,7 +71,7 @@ impl Cache {
     }
 
     /// The listing is complete.
-    pub fn end(&mut self) -> Delta {
+    pub fn end(&mut self) -> Change {
         let Listing { objects, complaints } = self.listing.take().unwrap_or_default();
         for (key, complaint) in &complaints {
             if self.complaints.get(key) != Some(complaint) {
@@ -73,24 +81,29 @@ impl Cache {
         for key in self.complaints.keys().filter(|key| !complaints.contains_key(*key)) {
             valid_again(key);
         }
-        let delta = Delta::between(&self.objects, &objects);
+        let Delta { upserts, deletes } = Delta::between(&self.objects, &objects);
+        let is_echo = |new: &Object| self.objects.get(&new.key()).is_some_and(|old| old.is_same_to_mesh(new));
+        let (echoes, upserts) = upserts.into_iter().partition(is_echo);
         (self.objects, self.complaints, self.listed) = (objects, complaints, true);
-        delta
+        Change { delta: Delta { upserts, deletes }, echoes }
     }
 
     /// An object is new or has changed; what of it Weft does not read may be all that did.
-    pub fn apply(&mut self, item: Item) -> Delta {
+    pub fn apply(&mut self, item: Item) -> Change {
         let Item { key, object } = item;
         match object {
             Ok(object) => {
                 if self.complaints.remove(&key).is_some() {
                     valid_again(&key);
                 }
-                if self.objects.get(&key) == Some(&object) {
-                    return Delta::default();
+                let old = self.objects.insert(key, object.clone());
+                match old {
+                    Some(old) if old == object => Change::default(),
+                    Some(old) if old.is_same_to_mesh(&object) => {
+                        Change { echoes: vec![object], ..Change::default() }
+                    }
+                    _ => Delta { upserts: vec![object], deletes: Vec::new() }.into(),
                 }
-                self.objects.insert(key, object.clone());
-                Delta { upserts: vec![object], deletes: Vec::new() }
             }
             Err(error) => {
                 let complaint = complaint(&error);
@@ -98,15 +111,21 @@ impl Cache {
                     complain(&key, &complaint);
                     self.complaints.insert(key, complaint);
                 }
-                Delta::default()
+                Change::default()
             }
         }
     }
 
-    pub fn delete(&mut self, key: &ObjectKey) -> Delta {
+    pub fn delete(&mut self, key: &ObjectKey) -> Change {
         self.complaints.remove(key);
         let deletes = self.objects.remove_entry(key).map(|(key, _)| key).into_iter().collect();
-        Delta { upserts: Vec::new(), deletes }
+        Delta { upserts: Vec::new(), deletes }.into()
+    }
+}
+
+impl From<Delta> for Change {
+    fn from(delta: Delta) -> Self {
+        Self { delta, echoes: Vec::new() }
     }
 }
 
@@ -137,12 +156,13 @@ mod tests {
         Item { key, object: read(Kind::Pod, &value) }
     }
 
-    fn words(delta: &Delta) -> Vec<String> {
-        let upserts = delta.upserts.iter().map(|object| match object {
+    fn words(change: &Change) -> Vec<String> {
+        let upserts = change.delta.upserts.iter().map(|object| match object {
             Object::Pod(pod) => format!("+{}={}", pod.metadata.name, pod.addresses()[0]),
             other => panic!("{other:?}"),
         });
-        upserts.chain(delta.deletes.iter().map(|key| format!("-{}", key.name))).collect()
+        let echoes = change.echoes.iter().map(|object| format!("~{}", object.metadata().name));
+        upserts.chain(echoes).chain(change.delta.deletes.iter().map(|key| format!("-{}", key.name))).collect()
     }
 
     fn listing(cache: &mut Cache, items: impl IntoIterator<Item = Item>) -> Vec<String> {
@@ -163,6 +183,22 @@ mod tests {
         assert_eq!(words(&cache.delete(&pod("b", "10.0.0.3").key)), ["-b"]);
         assert_eq!(words(&cache.delete(&pod("b", "10.0.0.3").key)), [""; 0]);
         assert_eq!(cache.objects().count(), 1);
+    }
+
+    #[test]
+    fn what_weft_wrote_comes_back_as_an_echo() {
+        let with_condition = |ip: &str, status: &str| {
+            let condition = json!({"type": "weft.dev/Enrolled", "status": status});
+            let value = json!({"metadata": {"name": "a", "namespace": "shop"},
+                "status": {"podIP": ip, "conditions": [condition]}});
+            Item { object: read(Kind::Pod, &value), ..pod("a", ip) }
+        };
+        let mut cache = Cache::default();
+        listing(&mut cache, [pod("a", "10.0.0.1")]);
+        assert_eq!(words(&cache.apply(with_condition("10.0.0.1", "False"))), ["~a"]);
+        assert_eq!(words(&cache.apply(with_condition("10.0.0.1", "False"))), [""; 0]);
+        assert_eq!(listing(&mut cache, [with_condition("10.0.0.1", "True")]), ["~a"]);
+        assert_eq!(words(&cache.apply(with_condition("10.0.0.2", "False"))), ["+a=10.0.0.2"]);
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! A cluster's API server as a source: one watch for each kind that Weft reads, and one for the ConfigMaps that say who
-//! is enrolled. Nothing is passed on before every one of them has listed what there is, since half a mesh reads as an
+//! A cluster's API server as a source: one watch for each kind that Weft reads, and one for the NodeEnrollments, which say
+//! who is enrolled. Nothing is passed on before every one of them has listed what there is, since half a mesh reads as an
 //! order to leave it. A watch that breaks is taken up where it was, or by a new listing that is compared with what was
 //! known ([`cache`]); meanwhile what was last known stays in force.
 //!
@@ -21,12 +21,15 @@ use tokio::{
 use weft_api::Kind;
 
 use self::{
-    cache::Cache,
+    cache::{Cache, Change},
     watch::{Event, Told},
 };
 use super::Delta;
 use crate::{
-    cluster::enrollment::{Heard, Record},
+    cluster::{
+        enrollment::{Heard, Record},
+        status,
+    },
     controller::Input,
     metrics::Metrics,
 };
@@ -36,14 +39,20 @@ const QUEUE: usize = 256;
 /// How often is said what a start still waits for.
 const REMINDER: Duration = Duration::from_secs(10);
 
-/// Watches until the controller is gone. `namespace` is the controller's own.
-pub async fn run(client: Client, namespace: String, inputs: mpsc::Sender<Input>, metrics: Metrics) {
+/// Watches until the controller is gone. `statuses` is told the same, and what the controller has no use for: what Weft
+/// itself wrote on objects.
+pub async fn run(
+    client: Client,
+    inputs: mpsc::Sender<Input>,
+    statuses: mpsc::Sender<status::Input>,
+    metrics: Metrics,
+) {
     let (sender, mut events) = mpsc::channel(QUEUE);
     for kind in Kind::ALL {
         tokio::spawn(watch::objects(client.clone(), kind, sender.clone()));
     }
-    tokio::spawn(watch::enrollment(client, namespace, sender));
-    let mut source = Source::new(inputs, metrics);
+    tokio::spawn(watch::enrollment(client, sender));
+    let mut source = Source::new(inputs, statuses, metrics);
     let mut reminder = interval(REMINDER);
     reminder.set_missed_tick_behavior(MissedTickBehavior::Delay);
     reminder.tick().await;
@@ -72,10 +81,11 @@ struct Source {
     /// Everything has been listed once, and passed on.
     open: bool,
     inputs: mpsc::Sender<Input>,
+    statuses: mpsc::Sender<status::Input>,
     metrics: Metrics,
 }
 
-/// The ConfigMaps of enrolled pods, by node.
+/// The NodeEnrollments, by node.
 #[derive(Debug, Default)]
 struct Records {
     known: BTreeMap<String, Record>,
@@ -84,20 +94,21 @@ struct Records {
 }
 
 impl Source {
-    fn new(inputs: mpsc::Sender<Input>, metrics: Metrics) -> Self {
+    fn new(inputs: mpsc::Sender<Input>, statuses: mpsc::Sender<status::Input>, metrics: Metrics) -> Self {
         Self {
             caches: Kind::ALL.map(|kind| (kind, Cache::default())).into(),
             records: Records::default(),
             broken: BTreeMap::new(),
             open: false,
             inputs,
+            statuses,
             metrics,
         }
     }
 
     /// Takes in one event and passes on what follows. False when nobody listens any more.
     async fn take(&mut self, told: Told) -> bool {
-        let inputs = match told {
+        let (change, heard) = match told {
             Told::Broken { what, why } => {
                 if self.broken.get(what) != Some(&why) {
                     tracing::error!(target: "source", "cannot watch {what}: {why}; trying again");
@@ -111,18 +122,15 @@ impl Source {
                 }
                 return true;
             }
-            Told::Objects { kind, event } => {
-                let delta = self.objects(kind, event);
-                if delta.is_empty() { Vec::new() } else { vec![Input::Objects(delta)] }
-            }
-            Told::Enrollment(event) => self.enrollment(event).into_iter().map(Input::Enrollment).collect(),
+            Told::Objects { kind, event } => (self.objects(kind, event), Vec::new()),
+            Told::Enrollment(event) => (Change::default(), self.enrollment(event)),
         };
         let complaints: usize = self.caches.values().map(Cache::complaints).sum();
         self.metrics.source_complaints.set(complaints as i64);
-        if self.open { self.send(inputs).await } else { self.try_open().await }
+        if self.open { self.send(heard, change).await } else { self.try_open().await }
     }
 
-    fn objects(&mut self, kind: Kind, event: Event<cache::Item, weft_api::ObjectKey>) -> Delta {
+    fn objects(&mut self, kind: Kind, event: Event<cache::Item, weft_api::ObjectKey>) -> Change {
         let cache = self.caches.entry(kind).or_default();
         match event {
             Event::Begin => cache.begin(),
@@ -141,7 +149,7 @@ impl Source {
             }
             Event::Missing => {}
         }
-        Delta::default()
+        Change::default()
     }
 
     fn enrollment(&mut self, event: Event<(String, Record), String>) -> Vec<Heard> {
@@ -182,14 +190,13 @@ impl Source {
         self.open = true;
         let heard = self.records.known.iter();
         let heard = heard.map(|(node, record)| Heard { node: node.clone(), record: Some(record.clone()) });
-        let mut inputs: Vec<Input> = heard.map(Input::Enrollment).collect();
+        let heard = heard.collect();
         let mut objects = Delta::default();
         for kind in Kind::ALL {
             objects.upserts.extend(self.caches[&kind].objects().cloned());
         }
         tracing::info!(target: "source", objects = objects.upserts.len(), "everything is listed");
-        inputs.push(Input::Objects(objects));
-        self.send(inputs).await
+        self.send(heard, objects.into()).await
     }
 
     /// What has not been listed yet.
@@ -207,7 +214,23 @@ impl Source {
         tracing::error!(target: "source", "nothing is served yet: waiting for the list of {waiting}");
     }
 
-    async fn send(&self, inputs: Vec<Input>) -> bool {
+    /// Who is enrolled goes first.
+    async fn send(&self, heard: Vec<Heard>, Change { delta, echoes }: Change) -> bool {
+        let mut inputs = Vec::new();
+        let mut statuses = Vec::new();
+        for heard in heard {
+            statuses.push(status::Input::Enrollment(heard.clone()));
+            inputs.push(Input::Enrollment(heard));
+        }
+        let upserts = delta.upserts.iter().cloned().chain(echoes).collect();
+        statuses.push(status::Input::Objects(Delta { upserts, deletes: delta.deletes.clone() }));
+        if !delta.is_empty() {
+            inputs.push(Input::Objects(delta));
+        }
+        for status in statuses {
+            // It may have ended before this source, in a shutdown.
+            let _ = self.statuses.send(status).await;
+        }
         for input in inputs {
             if self.inputs.send(input).await.is_err() {
                 return false;

@@ -4,7 +4,6 @@
 use std::{fmt::Debug, time::Duration};
 
 use futures_util::{Stream, StreamExt};
-use k8s_openapi::api::core::v1::ConfigMap;
 use kube::{
     Api, Client, Resource, ResourceExt,
     api::{ApiResource, DynamicObject, GroupVersionKind},
@@ -23,13 +22,13 @@ use super::cache::Item;
 use crate::{
     cluster::{
         self, WATCH_SECONDS,
-        enrollment::{LABEL, Record, node, read},
+        enrollment::{REMEDY, Record, api, read},
     },
     source::manifest,
 };
 
 /// How the watch of enrolled pods is called to people.
-pub const ENROLLMENT: &str = "configmaps labelled weft.dev/enrollment";
+pub const ENROLLMENT: &str = "nodeenrollments.mesh.weft.dev";
 
 /// The longest pause before a watch is tried again.
 const LAST_RETRY: Duration = Duration::from_secs(2);
@@ -104,20 +103,23 @@ pub async fn objects(client: Client, kind: Kind, told: mpsc::Sender<Told>) {
 }
 
 /// Watches who is enrolled, until nobody listens.
-pub async fn enrollment(client: Client, namespace: String, told: mpsc::Sender<Told>) {
-    let maps: Api<ConfigMap> = Api::namespaced(client, &namespace);
-    while list_and_watch(&maps, &told).await.is_some() {}
+pub async fn enrollment(client: Client, told: mpsc::Sender<Told>) {
+    let objects = api(client);
+    while list_and_watch(&objects, &told).await.is_some() {}
 }
 
-/// One watch of who is enrolled. A listing with a ConfigMap that cannot be understood does not count: to start on it
+/// One watch of who is enrolled. A listing with a NodeEnrollment that cannot be understood does not count: to start on it
 /// would announce that node's pods as plaintext. So it is listed again when something changes. None when nobody listens.
-async fn list_and_watch(maps: &Api<ConfigMap>, told: &mpsc::Sender<Told>) -> Option<()> {
-    let config = watcher::Config::default().labels(&format!("{LABEL}=true"));
-    let mut watch = Box::pin(watch_stream(maps.clone(), config));
+async fn list_and_watch(objects: &Api<DynamicObject>, told: &mpsc::Sender<Told>) -> Option<()> {
+    let mut watch = Box::pin(watch_stream(objects.clone(), watcher::Config::default()));
     let mut unreadable = false;
     while let Some(event) = watch.next().await {
         let event = match event {
             Ok(event) => event,
+            Err(error) if is_missing(&error) => {
+                told.send(Told::Broken { what: ENROLLMENT, why: REMEDY.to_owned() }).await.ok()?;
+                continue;
+            }
             Err(error) => {
                 broken(told, ENROLLMENT, &error).await.then_some(())?;
                 continue;
@@ -128,7 +130,7 @@ async fn list_and_watch(maps: &Api<ConfigMap>, told: &mpsc::Sender<Told>) -> Opt
                 unreadable = false;
                 Event::Begin
             }
-            watcher::Event::InitApply(map) => match record(told, &map).await? {
+            watcher::Event::InitApply(object) => match record(told, &object).await? {
                 Some(record) => Event::Listed(record),
                 None => {
                     unreadable = true;
@@ -138,14 +140,11 @@ async fn list_and_watch(maps: &Api<ConfigMap>, told: &mpsc::Sender<Told>) -> Opt
             watcher::Event::InitDone if unreadable => continue,
             watcher::Event::InitDone => Event::End,
             watcher::Event::Apply(_) | watcher::Event::Delete(_) if unreadable => return Some(()),
-            watcher::Event::Apply(map) => match record(told, &map).await? {
+            watcher::Event::Apply(object) => match record(told, &object).await? {
                 Some(record) => Event::Applied(record),
                 None => continue,
             },
-            watcher::Event::Delete(map) => match node(&map.name_any()) {
-                Some(node) => Event::Deleted(node.to_owned()),
-                None => continue,
-            },
+            watcher::Event::Delete(object) => Event::Deleted(object.name_any()),
         };
         if !unreadable && !matches!(event, Event::Begin) {
             told.send(Told::Working { what: ENROLLMENT }).await.ok()?;
@@ -155,14 +154,9 @@ async fn list_and_watch(maps: &Api<ConfigMap>, told: &mpsc::Sender<Told>) -> Opt
     Some(())
 }
 
-/// What a ConfigMap says; None, with a complaint, if it cannot be understood. The outer None is: nobody listens.
-async fn record(told: &mpsc::Sender<Told>, map: &ConfigMap) -> Option<Option<(String, Record)>> {
-    let name = map.name_any();
-    let read = match node(&name) {
-        Some(node) => read(node, map).map(|record| (node.to_owned(), record)).map_err(|e| e.to_string()),
-        None => Err(format!("ConfigMap {name} has our label and not our name")),
-    };
-    match read {
+/// What a NodeEnrollment says; None, with a complaint, if it cannot be understood. The outer None is: nobody listens.
+async fn record(told: &mpsc::Sender<Told>, object: &DynamicObject) -> Option<Option<(String, Record)>> {
+    match read(object) {
         Ok(record) => Some(Some(record)),
         Err(error) => {
             let why = format!("{error}; if it cannot be mended, delete it");
