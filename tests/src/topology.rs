@@ -46,6 +46,13 @@ impl std::ops::Deref for Node {
     }
 }
 
+impl Node {
+    /// The ranges of its pods' addresses.
+    pub fn pod_ranges(&self) -> [String; 2] {
+        [format!("10.42.{}.0/24", self.index), format!("fd00:10:42:{}::/64", self.index)]
+    }
+}
+
 /// The network of one cluster.
 #[derive(Debug)]
 pub struct Topology {
@@ -141,9 +148,8 @@ impl Topology {
     fn route_to_pods(&self, from: &Place, own: Option<u8>) -> Result<()> {
         let mut batch = String::new();
         for node in self.nodes.iter().filter(|node| Some(node.index) != own) {
-            let index = node.index;
-            batch.push_str(&format!("route add 10.42.{index}.0/24 via {}\n", node.v4));
-            batch.push_str(&format!("route add fd00:10:42:{index}::/64 via {}\n", node.v6));
+            let [v4, v6] = node.pod_ranges();
+            batch.push_str(&format!("route add {v4} via {}\nroute add {v6} via {}\n", node.v4, node.v6));
         }
         from.netns.ip(&batch)
     }
