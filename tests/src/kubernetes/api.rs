@@ -18,6 +18,8 @@ use crate::process::Process;
 const PROXY_PORT: u16 = 8001;
 const PROXY_READY: Duration = Duration::from_secs(20);
 const JSON: &str = "application/json";
+/// The stage of an audited request that has not been answered yet.
+const RECEIVED: &str = "RequestReceived";
 
 /// The kinds that a test writes: their API's path, their plural, and whether they are in namespaces.
 const KINDS: [(&str, &str, &str, bool); 6] = [
@@ -54,7 +56,7 @@ impl Api {
     /// The flags by which an API server writes down what service accounts of the namespace `weft-system` ask of it.
     pub(super) fn audit_flags(place: &Place) -> Result<Vec<String>> {
         let policy = place.dir().join("audit-policy.yaml");
-        let text = "apiVersion: audit.k8s.io/v1\nkind: Policy\nomitStages: [RequestReceived]\nrules:\n\
+        let text = "apiVersion: audit.k8s.io/v1\nkind: Policy\nrules:\n\
                     - {level: Metadata, userGroups: [\"system:serviceaccounts:weft-system\"]}\n- {level: None}\n";
         std::fs::write(&policy, text)?;
         Ok(vec![
@@ -147,14 +149,28 @@ impl Api {
         Ok(answer["status"]["token"].as_str().context("no token in the answer")?.to_owned())
     }
 
-    /// What service accounts of Weft asked so far, in order.
+    /// What service accounts of Weft asked so far and were answered, in order.
     pub fn audited(&self) -> Result<Vec<AuditedRequest>> {
+        self.audit(|stage| stage != RECEIVED)
+    }
+
+    /// How often service accounts of Weft have asked that, answered or not.
+    pub fn received(&self, verb: &str, resource: &str) -> Result<usize> {
+        let requests = self.audit(|stage| stage == RECEIVED)?;
+        Ok(requests.iter().filter(|request| request.verb == verb && request.resource == resource).count())
+    }
+
+    fn audit(&self, is_wanted: impl Fn(&str) -> bool) -> Result<Vec<AuditedRequest>> {
         let text = std::fs::read_to_string(&self.audit).context("the audit log")?;
         // The last line may be half written.
         let lines = text.split_inclusive('\n').filter(|line| line.ends_with('\n'));
-        lines
-            .map(|line| {
-                let entry: Value = serde_json::from_str(line).with_context(|| line.to_owned())?;
+        let entries = lines.map(|line| serde_json::from_str(line).with_context(|| line.to_owned()));
+        entries
+            .filter(|entry: &Result<Value>| {
+                entry.as_ref().map_or(true, |entry| entry["stage"].as_str().is_some_and(&is_wanted))
+            })
+            .map(|entry| {
+                let entry = entry?;
                 let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
                 let reference = &entry["objectRef"];
                 let mut resource = text(&reference["resource"]);

@@ -140,12 +140,16 @@ impl ApiCluster {
         Ok(cluster)
     }
 
-    /// Starts every controller at the same moment and waits until all are ready; leaves the root's certificate where
-    /// agents look for it, as a kubelet does.
+    /// Starts every controller and waits until all are ready.
     pub fn start_controllers(&self) -> Result<()> {
         for controller in &self.controllers {
             controller.start_unready()?;
         }
+        self.wait_controllers()
+    }
+
+    /// Waits until every controller is ready; leaves the root's certificate where agents look for it, as a kubelet does.
+    pub fn wait_controllers(&self) -> Result<()> {
         for controller in &self.controllers {
             controller.wait_ready()?;
         }

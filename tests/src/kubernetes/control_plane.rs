@@ -9,6 +9,7 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use super::pki::{Pki, kubeconfig};
@@ -38,7 +39,8 @@ pub struct ControlPlane {
     pub(super) pki: Pki,
     api: Mutex<Option<Process>>,
     api_flags: Vec<String>,
-    _others: Vec<Process>,
+    /// etcd first.
+    others: Vec<Process>,
 }
 
 impl ControlPlane {
@@ -87,7 +89,7 @@ impl ControlPlane {
             pki,
             api: Mutex::default(),
             api_flags,
-            _others: Vec::new(),
+            others: Vec::new(),
         };
         let local = format!("http://{ETCD}");
         let data = format!("--data-dir={}", dir.join("etcd").display());
@@ -100,7 +102,7 @@ impl ControlPlane {
             "--listen-peer-urls=http://127.0.0.1:2380",
         ]
         .map(str::to_owned);
-        plane._others.push(plane.program("etcd", &etcd)?);
+        plane.others.push(plane.program("etcd", &etcd)?);
         plane.start_api()?;
         Ok(plane)
     }
@@ -130,7 +132,7 @@ impl ControlPlane {
         ];
         let others =
             [self.program("kube-controller-manager", &manager)?, self.program("kube-scheduler", &scheduler)?];
-        self._others.extend(others);
+        self.others.extend(others);
         until(READY, "the default service account is there", || {
             self.kubectl(["get", "serviceaccount", "default"]).map(|_| true)
         })
@@ -180,6 +182,20 @@ impl ControlPlane {
             drop(self.place.connect(self.address())?);
             self.kubectl(["get", "--raw", "/readyz"]).map(|_| true)
         })
+    }
+
+    /// Stops etcd where it is: the API server takes requests and answers none that needs it.
+    pub fn pause_storage(&self) -> Result<()> {
+        self.etcd()?.signal(Signal::SIGSTOP)
+    }
+
+    /// Lets etcd go on.
+    pub fn resume_storage(&self) -> Result<()> {
+        self.etcd()?.signal(Signal::SIGCONT)
+    }
+
+    fn etcd(&self) -> Result<&Process> {
+        self.others.first().context("etcd does not run")
     }
 
     /// Makes etcd forget what was before now: whoever watches from an older version has to list anew.

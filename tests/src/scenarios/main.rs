@@ -1,11 +1,14 @@
 //! `scenarios`: runs the stories of this directory against the real programs, each in a cluster of its own.
 #![allow(clippy::disallowed_methods, reason = "no async runtime runs on the threads of the scenarios")]
 
+mod apiserver;
 mod bed;
+mod caller;
 mod cni;
 mod escape;
 mod failure;
 mod identity;
+mod jwt;
 mod kubernetes;
 mod operations;
 mod outside;
@@ -52,6 +55,7 @@ fn all() -> Vec<Scenario> {
         identity::SCENARIOS,
         outside::SCENARIOS,
         operations::SCENARIOS,
+        apiserver::SCENARIOS,
         kubernetes::SCENARIOS,
     ]
     .concat()
