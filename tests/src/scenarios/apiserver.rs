@@ -9,6 +9,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, anyhow, ensure};
 use serde_json::{Value, json};
 use tonic::Code;
+use weft_proto::type_url;
 use weft_testbed::agent::tunnel_in;
 use weft_testbed::cluster::Builder;
 use weft_testbed::kubernetes::{ApiCluster, SYSTEM, agent_pod_name, documents, running_pod};
@@ -169,7 +170,7 @@ fn rbac(cluster: Builder) -> Result<()> {
         audited.iter().filter(|request| request.user == control && request.status == 403).collect();
     ensure!(forbidden.is_empty(), "the controller is forbidden what it needs: {forbidden:?}");
     let log = cluster.controllers()[0].log()?;
-    ensure!(!log.contains("403") && !log.contains("ERROR"), "the controller complains:\n{log}");
+    ensure!(!log.contains("(403") && !log.contains("ERROR"), "the controller complains:\n{log}");
     let used: BTreeSet<_> = audited
         .into_iter()
         // kubectl also asks which kinds there are.
@@ -473,14 +474,14 @@ fn ordinary_pod(cluster: Builder) -> Result<()> {
 
     // What an agent sees and says is its node's.
     let agent = anybody.with_token(&east);
-    let seen = agent.resources()?.map_err(|status| anyhow!("an agent's stream: {status}"))?;
-    let local: Vec<_> = seen
-        .keys()
-        .filter(|(kind, _)| kind == weft_proto::type_url::LOCAL_WORKLOAD)
-        .map(|(_, name)| name)
-        .collect();
     let expected = ["plain/stranger", "shop/fake", "shop/web", "weft-system/weft-control-1"].map(uid);
-    ensure!(local.iter().copied().eq(&expected), "the agent of east is told of {local:?}");
+    until(NEWS, "the agent of east is told of the pods there", || {
+        let seen = agent.resources()?.map_err(|status| anyhow!("an agent's stream: {status}"))?;
+        let local = seen.keys().filter(|(kind, _)| kind == type_url::LOCAL_WORKLOAD);
+        let local: Vec<_> = local.map(|(_, name)| name).collect();
+        ensure!(local.iter().copied().eq(&expected), "it is told of {local:?}");
+        Ok(true)
+    })?;
     for (reported, enrolled) in [("shop/other", 0.0), ("shop/web", 1.0)] {
         let answer = agent.ask(&Ask::Report(vec![uid(reported)]))?;
         ensure!(answer.is_ok(), "a report of {reported}: {answer:?}");
