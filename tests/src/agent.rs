@@ -18,11 +18,13 @@ use crate::binaries::binary;
 use crate::http::get;
 use crate::metrics::Metrics;
 use crate::place::Place;
+use crate::pod::Pod;
 use crate::poll::until;
 use crate::process::{Process, run_ok};
 use crate::relay::Relay;
 
 const READY_TIMEOUT: Duration = Duration::from_secs(30);
+pub(crate) const ENROLL_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// `weft-agent` of one node, running or not. A second one may run beside it during an upgrade.
 #[derive(Debug)]
@@ -55,6 +57,11 @@ impl Agent {
     /// The node it serves.
     pub fn node(&self) -> &str {
         self.place.name()
+    }
+
+    /// Where it finds the controller, on its node.
+    pub fn controller_address(&self) -> SocketAddr {
+        self.relay.address()
     }
 
     /// Starts it and waits until it is ready.
@@ -239,6 +246,24 @@ impl Agent {
 
 fn log_name(number: u32) -> String {
     format!("agent-{number}.log")
+}
+
+/// Waits until each of `agents` knows each of `pods` as enrolled, and their own agents have let them go.
+pub(crate) fn wait_enrolled(agents: &[&Agent], pods: &[&Pod]) -> Result<()> {
+    for pod in pods {
+        until(ENROLL_TIMEOUT, &format!("{} is enrolled everywhere", pod.name()), || {
+            for agent in agents {
+                if !agent.knows_as_enrolled(&pod.uid())? {
+                    return Ok(false);
+                }
+                if agent.node() == pod.node && agent.phase_of(&pod.uid())?.as_deref() != Some("published") {
+                    return Ok(false);
+                }
+            }
+            Ok(true)
+        })?;
+    }
+    Ok(())
 }
 
 /// How an agent reaches the workload `uid`, by its config dump: `hbone` or `none`, or `None` where it has not heard of it.

@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 
-use crate::agent::Agent;
+use crate::agent::{Agent, ENROLL_TIMEOUT, wait_enrolled};
 use crate::bed::Bed;
 use crate::capture::Capture;
-use crate::control::Controller;
+use crate::control::{Controller, Source};
 use crate::manifest::{Directory, Labels, MESH_LABEL, PodManifest, ServiceManifest};
 use crate::place::Place;
 use crate::pod::{Pod, Service};
@@ -19,7 +19,6 @@ use crate::relay::Relay;
 use crate::topology::{Node, Topology};
 
 const LAST_WORDS: Duration = Duration::from_millis(100);
-const ENROLL_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Describes a cluster before it starts.
 #[derive(Clone, Debug)]
@@ -76,7 +75,7 @@ impl Builder {
         let directory = Directory::create(bed.subdir("manifests")?, bed.subdir("manifests.new")?)?;
         // A directory without any manifest may be one that lost them: there is always this Namespace.
         directory.namespace("default", &Labels::new())?;
-        let controller = Controller::new(topology.control.clone(), directory.clone());
+        let controller = Controller::new(topology.control.clone(), Source::Directory(directory.clone()));
         let mut agents = BTreeMap::new();
         for node in topology.nodes() {
             let relay = Relay::start(node.netns(), controller.address())?;
@@ -295,21 +294,7 @@ impl Cluster {
             }
         }
         ensure!(!agents.is_empty(), "no agent runs, so nothing will be enrolled");
-        for pod in pods {
-            until(ENROLL_TIMEOUT, &format!("{} is enrolled everywhere", pod.name()), || {
-                for agent in &agents {
-                    if !agent.knows_as_enrolled(&pod.uid())? {
-                        return Ok(false);
-                    }
-                    if agent.node() == pod.node && agent.phase_of(&pod.uid())?.as_deref() != Some("published")
-                    {
-                        return Ok(false);
-                    }
-                }
-                Ok(true)
-            })?;
-        }
-        Ok(())
+        wait_enrolled(&agents, pods)
     }
 
     /// Waits until every running agent knows each of `pods`, as being outside the mesh.

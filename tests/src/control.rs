@@ -22,22 +22,37 @@ const READY_TIMEOUT: Duration = Duration::from_secs(30);
 #[derive(Debug)]
 pub struct Controller {
     place: Place,
-    directory: Directory,
+    source: Source,
     process: Mutex<Option<Process>>,
 }
 
+/// What configures it.
+#[derive(Debug)]
+pub(crate) enum Source {
+    /// Manifests; keys and state are in `state_dir` then.
+    Directory(Directory),
+    /// An API server, as the environment says.
+    Cluster(Vec<(String, String)>),
+}
+
 impl Controller {
-    pub(crate) fn new(place: Place, directory: Directory) -> Controller {
-        Controller { place, directory, process: Mutex::new(None) }
+    pub(crate) fn new(place: Place, source: Source) -> Controller {
+        Controller { place, source, process: Mutex::new(None) }
     }
 
     /// Starts it and waits until it is ready.
     pub fn start(&self) -> Result<()> {
-        let command = self.place.command(
-            &binary("weft-control")?,
-            [
+        self.start_unready()?;
+        self.wait_ready()
+    }
+
+    /// Starts it without waiting.
+    pub fn start_unready(&self) -> Result<()> {
+        let mut command = self.place.command(&binary("weft-control")?, [""; 0]);
+        match &self.source {
+            Source::Directory(directory) => command.args([
                 "--directory",
-                &self.directory.path().to_string_lossy(),
+                &directory.path().to_string_lossy(),
                 "--state-dir",
                 &self.state_dir().to_string_lossy(),
                 "--listen",
@@ -46,9 +61,15 @@ impl Controller {
                 &POD_NETWORKS.join(","),
                 "--service-networks",
                 &SERVICE_NETWORKS.join(","),
-            ],
-        );
+            ]),
+            Source::Cluster(environment) => command.arg("--kubernetes").envs(environment.iter().cloned()),
+        };
         *self.slot() = Some(self.place.start_command("controller", command)?);
+        Ok(())
+    }
+
+    /// Waits until `/readyz` says so.
+    pub fn wait_ready(&self) -> Result<()> {
         let ready = SocketAddr::from(([127, 0, 0, 1], 15021));
         crate::poll::until(READY_TIMEOUT, "the controller is ready", || {
             anyhow::ensure!(self.running()?, "the controller ended");
@@ -62,6 +83,11 @@ impl Controller {
             Some(mut process) => process.kill(),
             None => Ok(()),
         }
+    }
+
+    /// The machine that it runs on.
+    pub fn place(&self) -> &Place {
+        &self.place
     }
 
     /// Whether it runs.
@@ -80,7 +106,7 @@ impl Controller {
         crate::metrics::Metrics::parse(&get(&self.place.connect(address)?, "/metrics")?.body)
     }
 
-    /// The directory with the root certificate (`root.pem`), its key (`root.key`), and who is enrolled.
+    /// The directory with the root certificate (`root.pem`), its key (`root.key`), and who is enrolled; not in a cluster.
     pub fn state_dir(&self) -> PathBuf {
         self.place.dir().join("state")
     }
@@ -90,7 +116,7 @@ impl Controller {
         self.place.at(XDS_PORT)
     }
 
-    /// A join token for `node`.
+    /// A join token for `node`; not in a cluster.
     pub fn token(&self, node: &str) -> Result<String> {
         let command = self.place.command(
             &binary("weft-control")?,

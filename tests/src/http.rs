@@ -1,4 +1,4 @@
-//! As much HTTP/1.1 client as asking our own programs for their state takes.
+//! As much HTTP/1.1 client as asking our own programs for their state takes, and the API server through `kubectl proxy`.
 
 use std::io::{Read, Write};
 
@@ -20,13 +20,26 @@ where
 }
 
 /// A request without a body on a fresh connection, which is used up.
-pub fn request<S>(mut stream: &S, method: &str, path: &str) -> Result<Reply>
+pub fn request<S>(stream: &S, method: &str, path: &str) -> Result<Reply>
 where
     for<'a> &'a S: Read + Write,
 {
+    send(stream, method, path, "", "")
+}
+
+/// A request with a body on a fresh connection, which is used up. Without a type the body is empty.
+pub fn send<S>(mut stream: &S, method: &str, path: &str, content_type: &str, body: &str) -> Result<Reply>
+where
+    for<'a> &'a S: Read + Write,
+{
+    let kind =
+        if content_type.is_empty() { String::new() } else { format!("content-type: {content_type}\r\n") };
+    let length = body.len();
     stream.write_all(
-        format!("{method} {path} HTTP/1.1\r\nhost: bed\r\nconnection: close\r\ncontent-length: 0\r\n\r\n")
-            .as_bytes(),
+        format!(
+            "{method} {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n{kind}content-length: {length}\r\n\r\n{body}"
+        )
+        .as_bytes(),
     )?;
     let mut text = Vec::new();
     stream.read_to_end(&mut text)?;

@@ -1,5 +1,6 @@
 //! A TCP relay between one agent and the controller, so that a scenario can hold an agent's news by the node's name:
-//! the connection stays, the bytes wait. It looks at no byte.
+//! the connection stays, the bytes wait. It looks at no byte. Where there are several controllers it deals connections to
+//! those that answer, as the address of a Service would. The way of a controller to the API server is one as well.
 
 use std::collections::HashMap;
 use std::io::{Read as _, Write as _};
@@ -31,6 +32,7 @@ struct Shared {
 struct Gates {
     hold_news: bool,
     hold_reports: bool,
+    refuse: bool,
     next: u64,
     connections: HashMap<u64, (TcpStream, TcpStream)>,
 }
@@ -64,18 +66,28 @@ impl Shared {
 impl Relay {
     /// Listens on loopback in `node` and connects to `controller` from there.
     pub fn start(node: &Netns, controller: SocketAddr) -> Result<Relay> {
+        Self::start_spread(node, &[controller])
+    }
+
+    /// As `start`, to each of `controllers` in turn, or to the next that answers.
+    pub fn start_spread(node: &Netns, controllers: &[SocketAddr]) -> Result<Relay> {
         let listener = node.run(|| TcpListener::bind(("127.0.0.1", 0)))??;
         let relay = Relay {
             shared: Arc::default(),
             address: listener.local_addr()?,
             listener: listener.try_clone()?,
         };
-        let (shared, node) = (relay.shared.clone(), node.clone());
+        let (shared, node, controllers) = (relay.shared.clone(), node.clone(), controllers.to_vec());
         std::thread::spawn(move || {
+            let mut first = 0;
             while let Ok((agent, _)) = listener.accept() {
-                let dial = Dial::to(controller).timeout(Duration::from_secs(2));
+                let answering = (0..controllers.len()).find_map(|tried| {
+                    let dial = Dial::to(controllers[(first + tried) % controllers.len()]);
+                    node.run(|| dial.timeout(Duration::from_secs(2)).connect()).ok()?.ok()
+                });
+                first += 1;
                 // With the controller away the agent's connection just ends, as it would without a relay.
-                if let Ok(Ok(controller)) = node.run(|| dial.connect()) {
+                if let Some(controller) = answering {
                     let _ = splice(&shared, agent, controller);
                 }
             }
@@ -100,11 +112,18 @@ impl Relay {
         self.shared.gates().hold_reports = true;
     }
 
+    /// Ends every open connection, and each new one at once.
+    pub fn refuse(&self) {
+        self.shared.gates().refuse = true;
+        self.cut();
+    }
+
     /// Lets everything flow that was held, and what follows.
     pub fn release(&self) {
         let mut gates = self.shared.gates();
         gates.hold_news = false;
         gates.hold_reports = false;
+        gates.refuse = false;
         self.shared.opened.notify_all();
     }
 
@@ -136,6 +155,9 @@ fn splice(shared: &Arc<Shared>, agent: TcpStream, controller: TcpStream) -> std:
     }
     let id = {
         let mut gates = shared.gates();
+        if gates.refuse {
+            return Ok(());
+        }
         gates.next += 1;
         let id = gates.next;
         gates.connections.insert(id, (agent.try_clone()?, controller.try_clone()?));

@@ -21,6 +21,10 @@ use crate::place::Place;
 /// Interface index of the bridge in the wire's namespace, fixed so that a capture can tell it from its ports.
 pub(crate) const BRIDGE_INDEX: i32 = 1000;
 
+/// Hardware address of every node's bridge. Without one of its own a bridge takes the lowest of its ports', so that a new
+/// pod could change it, and the other pods' packets would go to the old one for many seconds.
+const GATEWAY: &str = "02:00:00:00:00:01";
+
 /// The ranges that the controller is told.
 pub const POD_NETWORKS: [&str; 2] = ["10.42.0.0/16", "fd00:10:42::/48"];
 /// The ranges of cluster addresses.
@@ -39,6 +43,13 @@ impl std::ops::Deref for Node {
 
     fn deref(&self) -> &Place {
         &self.place
+    }
+}
+
+impl Node {
+    /// The ranges of its pods' addresses.
+    pub fn pod_ranges(&self) -> [String; 2] {
+        [format!("10.42.{}.0/24", self.index), format!("fd00:10:42:{}::/64", self.index)]
     }
 }
 
@@ -66,7 +77,7 @@ impl Topology {
             place.netns.sysctl("ipv4/ip_forward", "1")?;
             place.netns.sysctl("ipv6/conf/all/forwarding", "1")?;
             place.netns.ip(&format!(
-                "link add cni0 type bridge\nlink set cni0 up\n\
+                "link add cni0 address {GATEWAY} type bridge\nlink set cni0 up\n\
                  addr add 10.42.{index}.1/24 dev cni0\naddr add fd00:10:42:{index}::1/64 dev cni0 nodad"
             ))?;
             nodes.push(Node { place, index, pods: AtomicU8::new(0) });
@@ -137,9 +148,8 @@ impl Topology {
     fn route_to_pods(&self, from: &Place, own: Option<u8>) -> Result<()> {
         let mut batch = String::new();
         for node in self.nodes.iter().filter(|node| Some(node.index) != own) {
-            let index = node.index;
-            batch.push_str(&format!("route add 10.42.{index}.0/24 via {}\n", node.v4));
-            batch.push_str(&format!("route add fd00:10:42:{index}::/64 via {}\n", node.v6));
+            let [v4, v6] = node.pod_ranges();
+            batch.push_str(&format!("route add {v4} via {}\nroute add {v6} via {}\n", node.v4, node.v6));
         }
         from.netns.ip(&batch)
     }

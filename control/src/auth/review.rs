@@ -27,7 +27,8 @@ const AGENT: &str = "weft-agent";
 const NODE_NAME: &str = "authentication.kubernetes.io/node-name";
 const POD_UID: &str = "authentication.kubernetes.io/pod-uid";
 
-/// How long an answer is believed. A pod that is deleted can call for this long with its token.
+/// How long an answer is believed. A pod that is deleted can call for this long with its token, beside the ten seconds for
+/// which the API server itself keeps an answer.
 const KEPT: Duration = Duration::from_secs(3);
 /// Answers kept at most; beyond that the old ones are thrown away.
 const MAX_KEPT: usize = 4096;

@@ -23,8 +23,17 @@ pub struct NodeCgroups(Vec<PathBuf>);
 impl NodeCgroups {
     /// Makes them below this process's own.
     pub fn create(node: &str) -> Result<NodeCgroups> {
+        Self::below(own_directories()?, node)
+    }
+
+    /// Makes one in cgroup2 alone, which every machine lets root do: for pods whose processes the bed itself starts.
+    pub fn unified(node: &str) -> Result<NodeCgroups> {
+        Self::below(vec![crate::isolate::cgroup2_root()?.join(own_path("")?)], node)
+    }
+
+    fn below(parents: Vec<PathBuf>, node: &str) -> Result<NodeCgroups> {
         let mut directories = Vec::new();
-        for own in own_directories()? {
+        for own in parents {
             let directory = own.join(format!("{PREFIX}{}-{node}", crate::isolate::host_pid()));
             std::fs::create_dir(&directory).with_context(|| directory.display().to_string())?;
             // Empty ones admit no process.
@@ -35,6 +44,16 @@ impl NodeCgroups {
                 }
             }
             directories.push(directory);
+        }
+        Ok(NodeCgroups(directories))
+    }
+
+    /// A pod's, made below them under the name that a kubelet with the cgroupfs driver gives it.
+    pub fn pod(&self, uid: &str) -> Result<NodeCgroups> {
+        let path = Path::new("kubepods").join(format!("pod{uid}"));
+        let directories: Vec<_> = self.0.iter().map(|directory| directory.join(&path)).collect();
+        for directory in &directories {
+            std::fs::create_dir_all(directory).with_context(|| directory.display().to_string())?;
         }
         Ok(NodeCgroups(directories))
     }
@@ -127,6 +146,17 @@ fn own_directories() -> Result<Vec<PathBuf>> {
         found.push(point.join(path.trim_start_matches('/')));
     }
     Ok(found)
+}
+
+/// This process's directory in the hierarchy of these controllers, below its mount point.
+fn own_path(wanted: &str) -> Result<PathBuf> {
+    let cgroups = std::fs::read_to_string("/proc/self/cgroup").context("/proc/self/cgroup")?;
+    let mut lines = cgroups.lines().map(|line| line.splitn(3, ':').skip(1));
+    let found = lines.find_map(|mut fields| {
+        (fields.next() == Some(wanted))
+            .then(|| fields.next().map(|path| path.trim_start_matches('/').into()))?
+    });
+    found.with_context(|| format!("this process is in no cgroup of the hierarchy {wanted:?}"))
 }
 
 /// Where the hierarchy of these controllers is mounted; that of cgroup2 for none.

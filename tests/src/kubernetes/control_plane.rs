@@ -1,15 +1,19 @@
-//! etcd, kube-apiserver, kube-controller-manager and kube-scheduler on a machine of their own.
+//! etcd, kube-apiserver, kube-controller-manager and kube-scheduler on a machine of their own; or the first two alone.
 
 use std::ffi::OsString;
-use std::net::IpAddr;
+use std::io::Write as _;
+use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::Mutex;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use nix::sys::signal::Signal;
+use serde_json::{Value, json};
 
 use super::pki::{Pki, kubeconfig};
+use crate::http::send;
 use crate::place::Place;
 use crate::poll::until;
 use crate::process::{Process, run_ok};
@@ -21,6 +25,9 @@ pub const SERVICE_CIDR: &str = "10.97.0.0/16,fd00:10:97::/112";
 /// Address of the cluster's DNS.
 pub const DNS_ADDRESS: &str = "10.97.0.10";
 
+/// Where etcd listens, on loopback.
+const ETCD: &str = "127.0.0.1:2379";
+const API_PORT: u16 = 6443;
 const READY: Duration = Duration::from_secs(90);
 const KUBECTL: Duration = Duration::from_secs(90);
 
@@ -31,12 +38,22 @@ pub struct ControlPlane {
     programs: PathBuf,
     pub(super) pki: Pki,
     api: Mutex<Option<Process>>,
-    _others: Vec<Process>,
+    api_flags: Vec<String>,
+    /// etcd first.
+    others: Vec<Process>,
 }
 
 impl ControlPlane {
     /// Starts all of it on `place`; returns when the API server is ready and pods could be made.
     pub fn start(place: &Place, programs: &Path) -> Result<ControlPlane> {
+        let mut plane = Self::start_storage(place, programs, Vec::new())?;
+        plane.start_managers()?;
+        Ok(plane)
+    }
+
+    /// Starts etcd and the API server, which gets `api_flags` as well: enough for everything that talks to it, nothing
+    /// of which runs a pod.
+    pub fn start_storage(place: &Place, programs: &Path, api_flags: Vec<String>) -> Result<ControlPlane> {
         let dir = place.dir();
         let pki = Pki::create(created(dir.join("pki"))?)?;
         let own: IpAddr = place.v4.into();
@@ -55,7 +72,7 @@ impl ControlPlane {
             &[own, [127, 0, 0, 1].into(), [10, 97, 0, 1].into()],
         )?;
         let masters = Some("system:masters");
-        let server = format!("https://{own}:6443");
+        let server = format!("https://{own}:{API_PORT}");
         for (file, group, user) in [
             ("admin", masters, "admin"),
             ("kubelet-client", masters, "kube-apiserver-kubelet-client"),
@@ -71,9 +88,10 @@ impl ControlPlane {
             programs: programs.to_owned(),
             pki,
             api: Mutex::default(),
-            _others: Vec::new(),
+            api_flags,
+            others: Vec::new(),
         };
-        let local = "http://127.0.0.1:2379";
+        let local = format!("http://{ETCD}");
         let data = format!("--data-dir={}", dir.join("etcd").display());
         let etcd = [
             &data,
@@ -84,9 +102,14 @@ impl ControlPlane {
             "--listen-peer-urls=http://127.0.0.1:2380",
         ]
         .map(str::to_owned);
-        plane._others.push(plane.program("etcd", &etcd)?);
+        plane.others.push(plane.program("etcd", &etcd)?);
         plane.start_api()?;
-        let pki = |file: &str| plane.pki.path(file).display().to_string();
+        Ok(plane)
+    }
+
+    fn start_managers(&mut self) -> Result<()> {
+        let dir = self.place.dir();
+        let pki = |file: &str| self.pki.path(file).display().to_string();
         let config = |file: &str| format!("--kubeconfig={}", dir.join(file).display());
         let manager = [
             config("controller-manager.kubeconfig"),
@@ -107,26 +130,33 @@ impl ControlPlane {
             "--leader-elect=false".into(),
             "--bind-address=127.0.0.1".into(),
         ];
-        let others = [
-            plane.program("kube-controller-manager", &manager)?,
-            plane.program("kube-scheduler", &scheduler)?,
-        ];
-        plane._others.extend(others);
+        let others =
+            [self.program("kube-controller-manager", &manager)?, self.program("kube-scheduler", &scheduler)?];
+        self.others.extend(others);
         until(READY, "the default service account is there", || {
-            plane.kubectl(["get", "serviceaccount", "default"]).map(|_| true)
-        })?;
-        Ok(plane)
+            self.kubectl(["get", "serviceaccount", "default"]).map(|_| true)
+        })
+    }
+
+    /// Where the API server listens.
+    pub fn address(&self) -> SocketAddr {
+        self.place.at(API_PORT)
+    }
+
+    /// Where a program of Kubernetes is.
+    pub fn program_path(&self, name: &str) -> String {
+        self.programs.join(name).to_string_lossy().into_owned()
     }
 
     /// Starts the API server, or starts it again.
     pub fn start_api(&self) -> Result<()> {
         let pki = |file: &str| self.pki.path(file).display().to_string();
         let own = self.place.v4;
-        let flags = [
-            "--etcd-servers=http://127.0.0.1:2379".to_owned(),
+        let mut flags = vec![
+            format!("--etcd-servers=http://{ETCD}"),
             format!("--bind-address={own}"),
             format!("--advertise-address={own}"),
-            "--secure-port=6443".to_owned(),
+            format!("--secure-port={API_PORT}"),
             "--endpoint-reconciler-type=lease".to_owned(),
             format!("--tls-cert-file={}", pki("apiserver.crt")),
             format!("--tls-private-key-file={}", pki("apiserver.key")),
@@ -143,12 +173,42 @@ impl ControlPlane {
             "--enable-admission-plugins=NodeRestriction".to_owned(),
             "--allow-privileged".to_owned(),
         ];
+        flags.extend_from_slice(&self.api_flags);
         let process = self.program("kube-apiserver", &flags)?;
         *self.api.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(process);
         until(READY, "the API server is ready", || {
             ensure!(self.api_runs()?, "it ended");
+            // Cheaper to ask than kubectl.
+            drop(self.place.connect(self.address())?);
             self.kubectl(["get", "--raw", "/readyz"]).map(|_| true)
         })
+    }
+
+    /// Stops etcd where it is: the API server takes requests and answers none that needs it.
+    pub fn pause_storage(&self) -> Result<()> {
+        self.etcd()?.signal(Signal::SIGSTOP)
+    }
+
+    /// Lets etcd go on.
+    pub fn resume_storage(&self) -> Result<()> {
+        self.etcd()?.signal(Signal::SIGCONT)
+    }
+
+    fn etcd(&self) -> Result<&Process> {
+        self.others.first().context("etcd does not run")
+    }
+
+    /// Makes etcd forget what was before now: whoever watches from an older version has to list anew.
+    pub fn compact_storage(&self) -> Result<()> {
+        let ask = |path: &str, body: &Value| -> Result<Value> {
+            let stream = self.place.connect(ETCD.parse()?)?;
+            let reply = send(&stream, "POST", path, "application/json", &body.to_string())?;
+            ensure!(reply.status == 200, "etcd, {path}: {} {}", reply.status, reply.body);
+            Ok(serde_json::from_str(&reply.body)?)
+        };
+        // The gateway writes 64-bit numbers as text. Any key will do.
+        let now = ask("/v3/kv/range", &json!({"key": "AA=="}))?["header"]["revision"].take();
+        ask("/v3/kv/compaction", &json!({"revision": now, "physical": true})).map(drop)
     }
 
     /// SIGKILL to the API server.
@@ -171,9 +231,25 @@ impl ControlPlane {
         Ok(String::from_utf8_lossy(&output).into_owned())
     }
 
+    /// Runs kubectl as the administrator with `input` on its standard input; it must succeed.
+    pub fn feed(&self, arguments: &[&str], input: &str) -> Result<()> {
+        let what = format!("kubectl {}", arguments[0]);
+        let mut child = self
+            .kubectl_command(arguments)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .context(what.clone())?;
+        child.stdin.take().context("its input")?.write_all(input.as_bytes())?;
+        let output = child.wait_with_output()?;
+        ensure!(output.status.success(), "{what}: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(())
+    }
+
     /// kubectl as the cluster's administrator, not yet started.
     pub fn kubectl_command<S: Into<OsString>>(&self, args: impl IntoIterator<Item = S>) -> Command {
-        let mut command = self.command(&self.programs.join("kubectl").to_string_lossy());
+        let mut command = self.command(&self.program_path("kubectl"));
         command.args(args.into_iter().map(Into::into));
         command
     }
@@ -185,8 +261,13 @@ impl ControlPlane {
         command
     }
 
+    /// One of the files of the cluster's authority.
+    pub fn pki_file(&self, file: &str) -> PathBuf {
+        self.pki.path(file)
+    }
+
     fn program(&self, name: &str, flags: &[String]) -> Result<Process> {
-        self.place.start(name, &self.programs.join(name).to_string_lossy(), flags)
+        self.place.start(name, &self.program_path(name), flags)
     }
 }
 

@@ -3,20 +3,25 @@
 //!
 //! The programs are one binary, built by `cargo xtask` from the Go module in `tests/kubernetes/hyperkube`; images are what
 //! it leaves in `target/test-images`.
+//!
+//! [`ApiCluster`] is the small sibling: a real API server, and nodes and pods of the bed whose objects the test writes
+//! itself, in the kubelets' stead.
 
+mod api;
+mod bare;
 pub(crate) mod cgroup;
 mod control_plane;
 mod node;
 mod pki;
 
 use std::ffi::OsString;
-use std::io::Write as _;
 use std::path::PathBuf;
-use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 
+pub use api::{Api, AuditedRequest};
+pub use bare::{ApiCluster, SYSTEM, agent_pod_name, documents, running_pod};
 pub use cgroup::obstacle;
 pub use control_plane::{ControlPlane, DNS_ADDRESS, POD_CIDR, SERVICE_CIDR};
 pub use node::KubeNode;
@@ -110,28 +115,12 @@ impl KubeCluster {
 
     /// `kubectl apply`.
     pub fn apply(&self, yaml: &str) -> Result<()> {
-        self.feed(&["apply", "-f", "-"], yaml)
+        self.plane.feed(&["apply", "-f", "-"], yaml)
     }
 
     /// `kubectl delete`; returns when everything is gone.
     pub fn delete(&self, yaml: &str) -> Result<()> {
-        self.feed(&["delete", "--timeout=60s", "-f", "-"], yaml)
-    }
-
-    fn feed(&self, arguments: &[&str], yaml: &str) -> Result<()> {
-        let what = format!("kubectl {}", arguments[0]);
-        let mut child = self
-            .plane
-            .kubectl_command(arguments)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .context(what.clone())?;
-        child.stdin.take().context("its input")?.write_all(yaml.as_bytes())?;
-        let output = child.wait_with_output()?;
-        ensure!(output.status.success(), "{what}: {}", String::from_utf8_lossy(&output.stderr));
-        Ok(())
+        self.plane.feed(&["delete", "--timeout=60s", "-f", "-"], yaml)
     }
 
     /// Runs a command in a pod of a namespace; it must succeed.

@@ -83,11 +83,26 @@ fn name(group: Option<&str>, user: &str) -> DistinguishedName {
 
 /// Writes a kubeconfig whose files are named as they will be found under `dir`.
 pub fn kubeconfig(to: &Path, server: &str, dir: &Path, file: &str) -> Result<()> {
-    let dir = dir.display();
+    let user = dir.join(file).display().to_string();
+    write_kubeconfig(
+        to,
+        server,
+        &dir.join("ca.crt"),
+        &format!("client-certificate: {user}.crt, client-key: {user}.key"),
+    )
+}
+
+/// Writes a kubeconfig for who holds the token in a file.
+pub fn token_kubeconfig(to: &Path, server: &str, ca: &Path, token: &Path) -> Result<()> {
+    write_kubeconfig(to, server, ca, &format!("tokenFile: {}", token.display()))
+}
+
+fn write_kubeconfig(to: &Path, server: &str, ca: &Path, user: &str) -> Result<()> {
+    let ca = ca.display();
     let text = format!(
         "apiVersion: v1\nkind: Config\ncurrent-context: test\n\
-         clusters: [{{name: test, cluster: {{server: \"{server}\", certificate-authority: {dir}/ca.crt}}}}]\n\
-         users: [{{name: test, user: {{client-certificate: {dir}/{file}.crt, client-key: {dir}/{file}.key}}}}]\n\
+         clusters: [{{name: test, cluster: {{server: \"{server}\", certificate-authority: {ca}}}}}]\n\
+         users: [{{name: test, user: {{{user}}}}}]\n\
          contexts: [{{name: test, context: {{cluster: test, user: test}}}}]\n"
     );
     std::fs::write(to, text).with_context(|| to.display().to_string())

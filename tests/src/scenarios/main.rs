@@ -1,13 +1,16 @@
 //! `scenarios`: runs the stories of this directory against the real programs, each in a cluster of its own.
 #![allow(clippy::disallowed_methods, reason = "no async runtime runs on the threads of the scenarios")]
 
+mod apiserver;
 mod bed;
+mod caller;
 mod chart;
 mod check;
 mod cni;
 mod escape;
 mod failure;
 mod identity;
+mod jwt;
 mod kubernetes;
 mod operations;
 mod outside;
@@ -55,6 +58,7 @@ fn all() -> Vec<Scenario> {
         outside::SCENARIOS,
         operations::SCENARIOS,
         chart::SCENARIOS,
+        apiserver::SCENARIOS,
         kubernetes::SCENARIOS,
         check::SCENARIOS,
     ]
