@@ -114,6 +114,10 @@ struct Flags {
     /// DNS domain of Services. [default: cluster.local]
     #[arg(long, env = "WEFT_CLUSTER_DOMAIN", value_name = "DOMAIN")]
     cluster_domain: Option<String>,
+    /// With `false`, every pod leaves the mesh, whatever its labels say: before an uninstallation. In a cluster only.
+    /// [default: true]
+    #[arg(long, env = "WEFT_MESH_ENABLED", value_name = "BOOL")]
+    mesh_enabled: Option<bool>,
     /// What to log, such as `info` or `warn,ca=debug`. [default: info]
     #[arg(long, env = "WEFT_LOG", value_name = "FILTER")]
     log: Option<String>,
@@ -192,6 +196,7 @@ impl Flags {
             trust_domain: self.trust_domain.or(other.trust_domain),
             cluster_id: self.cluster_id.or(other.cluster_id),
             cluster_domain: self.cluster_domain.or(other.cluster_domain),
+            mesh_enabled: self.mesh_enabled.or(other.mesh_enabled),
             log: self.log.or(other.log),
         }
     }
@@ -234,6 +239,7 @@ impl Flags {
             )?,
             external_networks: networks("--external-networks", self.external_networks)?.unwrap_or_default(),
             netns_annotations: in_directory,
+            enabled: self.mesh_enabled.unwrap_or(true),
         };
         let port =
             |address: Option<SocketAddr>, port| address.unwrap_or(SocketAddr::from(([0, 0, 0, 0], port)));

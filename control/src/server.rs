@@ -182,8 +182,9 @@ impl Watching {
                 let (candidate, leads) =
                     Candidate::start(client.clone(), &namespace, pod_name, metrics.clone(), ready);
                 let (statuses, queue) = mpsc::channel(QUEUE);
+                let enabled = settings.enabled;
                 tokio::spawn(status::run(client.clone(), settings, queue, leads, metrics.clone()));
-                tokio::spawn(kubernetes::run(client, inputs, statuses, metrics));
+                tokio::spawn(kubernetes::run(client, enabled, inputs, statuses, metrics));
                 Ok(Some(candidate))
             }
             Self::Directory(directory) => {

@@ -39,6 +39,9 @@ pub struct MeshSettings {
     /// Whether the annotation with a pod's network namespace counts: only where a directory is read. Elsewhere agents
     /// find the namespace themselves, also of a pod that has no address yet.
     pub netns_annotations: bool,
+    /// Without it no pod is wanted in the mesh, whatever labels say: for an uninstallation. Read by the cluster's source
+    /// alone.
+    pub enabled: bool,
 }
 
 impl MeshSettings {

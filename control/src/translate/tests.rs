@@ -18,6 +18,7 @@ pub(crate) fn settings() -> MeshSettings {
         service_networks: vec!["10.2.0.0/16".parse().unwrap()],
         external_networks: Vec::new(),
         netns_annotations: true,
+        enabled: true,
     }
 }
 

@@ -10,6 +10,7 @@ mod watch;
 
 use std::{
     collections::{BTreeMap, HashMap},
+    sync::Arc,
     time::Duration,
 };
 
@@ -18,7 +19,7 @@ use tokio::{
     sync::mpsc,
     time::{MissedTickBehavior, interval},
 };
-use weft_api::Kind;
+use weft_api::{Kind, Object, labels::MESH};
 
 use self::{
     cache::{Cache, Change},
@@ -43,6 +44,7 @@ const REMINDER: Duration = Duration::from_secs(10);
 /// itself wrote on objects.
 pub async fn run(
     client: Client,
+    mesh_enabled: bool,
     inputs: mpsc::Sender<Input>,
     statuses: mpsc::Sender<status::Input>,
     metrics: Metrics,
@@ -52,7 +54,7 @@ pub async fn run(
         tokio::spawn(watch::objects(client.clone(), kind, sender.clone()));
     }
     tokio::spawn(watch::enrollment(client, sender));
-    let mut source = Source::new(inputs, statuses, metrics);
+    let mut source = Source::new(mesh_enabled, inputs, statuses, metrics);
     let mut reminder = interval(REMINDER);
     reminder.set_missed_tick_behavior(MissedTickBehavior::Delay);
     reminder.tick().await;
@@ -74,6 +76,8 @@ pub async fn run(
 }
 
 struct Source {
+    /// Otherwise labels that want pods in the mesh are overlooked.
+    mesh_enabled: bool,
     caches: HashMap<Kind, Cache>,
     records: Records,
     /// What is wrong with a watch now, by what it watches.
@@ -85,6 +89,16 @@ struct Source {
     metrics: Metrics,
 }
 
+/// The object without the label that wants it, or the pods of it, in the mesh.
+fn unlabelled(mut item: cache::Item) -> cache::Item {
+    match &mut item.object {
+        Ok(Object::Namespace(namespace)) => drop(Arc::make_mut(namespace).metadata.labels.remove(MESH)),
+        Ok(Object::Pod(pod)) => drop(Arc::make_mut(pod).metadata.labels.remove(MESH)),
+        _ => {}
+    }
+    item
+}
+
 /// The NodeEnrollments, by node.
 #[derive(Debug, Default)]
 struct Records {
@@ -94,8 +108,14 @@ struct Records {
 }
 
 impl Source {
-    fn new(inputs: mpsc::Sender<Input>, statuses: mpsc::Sender<status::Input>, metrics: Metrics) -> Self {
+    fn new(
+        mesh_enabled: bool,
+        inputs: mpsc::Sender<Input>,
+        statuses: mpsc::Sender<status::Input>,
+        metrics: Metrics,
+    ) -> Self {
         Self {
+            mesh_enabled,
             caches: Kind::ALL.map(|kind| (kind, Cache::default())).into(),
             records: Records::default(),
             broken: BTreeMap::new(),
@@ -132,11 +152,12 @@ impl Source {
 
     fn objects(&mut self, kind: Kind, event: Event<cache::Item, weft_api::ObjectKey>) -> Change {
         let cache = self.caches.entry(kind).or_default();
+        let read = |item| if self.mesh_enabled { item } else { unlabelled(item) };
         match event {
             Event::Begin => cache.begin(),
-            Event::Listed(item) => cache.list(item),
+            Event::Listed(item) => cache.list(read(item)),
             Event::End => return cache.end(),
-            Event::Applied(item) => return cache.apply(item),
+            Event::Applied(item) => return cache.apply(read(item)),
             Event::Deleted(key) => return cache.delete(&key),
             // The kind does not exist there. That it once did and is gone now is not believed without a listing.
             Event::Missing if !cache.is_listed() => {
