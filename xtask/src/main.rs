@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod build;
+mod cluster;
 mod ebpf;
 mod images;
 mod kubernetes;
@@ -38,6 +39,7 @@ enum Command {
     BuildEbpf(ebpf::Arguments),
     Test(test::Arguments),
     Images(images::Arguments),
+    Cluster(cluster::Arguments),
     Demo(build::DemoArguments),
     Bench(build::BenchArguments),
 }
@@ -53,6 +55,7 @@ fn main() -> ExitCode {
         Command::BuildEbpf(arguments) => ebpf::main(&arguments),
         Command::Test(arguments) => return test::main(&arguments),
         Command::Images(arguments) => images::main(&arguments),
+        Command::Cluster(arguments) => cluster::main(&arguments),
         Command::Demo(arguments) => build::demo(&arguments),
         Command::Bench(arguments) => build::bench(&arguments),
     };

@@ -26,10 +26,11 @@ pub fn checks(view: &View, installed: &Installed) -> Vec<Check> {
 fn installation(namespace: &str, installed: &Installed) -> Check {
     let what = "everything that belongs to an installation is there";
     let wrong = installed.missing.clone();
-    let hint = if namespace == "weft-system" {
-        "weft install | kubectl apply -f -".to_owned()
-    } else {
-        format!("weft install --namespace {namespace} | kubectl apply -f -")
+    // `upgrade` keeps the installation's settings.
+    let command = if matches!(installed.control, Ok(Some(_))) { "upgrade" } else { "install" };
+    let hint = match namespace {
+        "weft-system" => format!("weft {command} | kubectl apply -f -"),
+        namespace => format!("weft {command} --namespace {namespace} | kubectl apply -f -"),
     };
     // Of definitions we depend on, the consequence is worth a word.
     let wrong = wrong.map(|missing| {

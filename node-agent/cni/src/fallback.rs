@@ -14,12 +14,11 @@ const MIRROR: &str = "kubernetes.io/config.mirror";
 
 /// Ok where the pod may start without the agent.
 pub fn decide(settings: &Settings, namespace: &str, name: &str, uid: &str, why: &str) -> Result<(), String> {
-    if settings.excluded_namespaces.iter().any(|excluded| excluded == namespace) {
-        return Ok(());
-    }
     match wanted(settings, namespace, name, uid) {
         Ok(false) => Ok(()),
         Ok(true) => Err(format!("{namespace}/{name} belongs to the mesh, and {why}. {HELP}")),
+        // Whoever brings the API server back must be able to start.
+        Err(_) if settings.excluded_namespaces.iter().any(|excluded| excluded == namespace) => Ok(()),
         Err(error) => Err(format!(
             "whether {namespace}/{name} belongs to the mesh cannot be found out: {why}; the API server: {error}. {HELP}"
         )),

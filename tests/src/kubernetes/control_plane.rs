@@ -257,8 +257,18 @@ impl ControlPlane {
     /// Any program as the cluster's administrator, not yet started.
     pub fn command(&self, program: &str) -> Command {
         let mut command = self.place.command(program, [""; 0]);
-        command.env("KUBECONFIG", self.place.dir().join("admin.kubeconfig")).env("HOME", self.place.dir());
+        command.env("KUBECONFIG", self.kubeconfig()).env("HOME", self.place.dir());
         command
+    }
+
+    /// The administrator's kubeconfig.
+    pub fn kubeconfig(&self) -> PathBuf {
+        self.place.dir().join("admin.kubeconfig")
+    }
+
+    /// The machine that all of it runs on.
+    pub fn place(&self) -> &Place {
+        &self.place
     }
 
     /// One of the files of the cluster's authority.

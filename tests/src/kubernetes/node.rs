@@ -102,6 +102,14 @@ impl KubeNode {
         Ok(())
     }
 
+    /// Cuts its power and starts it again: what is on its disk is still there, its processes, mounts and pods' network
+    /// namespaces are not.
+    pub fn restart(&self) -> Result<()> {
+        let init = self.init.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).take();
+        init.context("the node is down")?.kill()?;
+        self.boot()
+    }
+
     /// The machine.
     pub fn place(&self) -> &Place {
         &self.place

@@ -44,6 +44,7 @@ fn check(cluster: Builder) -> Result<()> {
     no_network_configuration(&kube).context("no CNI configuration on a node")?;
     policies(&kube).context("NetworkPolicies")?;
     clocks(&kube).context("clock skew")?;
+    no_definition(&kube).context("a missing definition")?;
     // Last: its remedy is a new root.
     expired_root(&kube).context("an expired root")
 }
@@ -120,6 +121,23 @@ fn clocks(kube: &KubeCluster) -> Result<()> {
     kube.kubectl(["patch", "-n", "weft-system", "daemonset/weft-agent", "-p", patch])?;
     finds(kube, "clocks", "the nodes' clocks agree with the API server's", "west: 10 min ahead", "NTP")?;
     kube.kubectl(["rollout", "undo", "-n", "weft-system", "daemonset/weft-agent"])?;
+    whole(kube).map(drop)
+}
+
+fn no_definition(kube: &KubeCluster) -> Result<()> {
+    let name = "nodeenrollments.mesh.weft.dev";
+    kube.kubectl(["delete", "crd", name])?;
+    let cause = format!("the definition (CRD) {name} is missing");
+    finds(
+        kube,
+        "a missing definition",
+        "everything that belongs to an installation",
+        &cause,
+        "weft upgrade | kubectl apply",
+    )?;
+    let upgrade = weft(kube, &["upgrade"])?;
+    ensure!(upgrade.status.success(), "weft upgrade: {}", text(&upgrade));
+    kube.apply(&String::from_utf8(upgrade.stdout)?)?;
     whole(kube).map(drop)
 }
 

@@ -328,6 +328,8 @@ fn birth(cluster: Builder) -> Result<()> {
     recording.nothing_in_the_clear(start, &pods, page.as_bytes())?;
     ensure!(recording.tunnel_bytes(start) > page.len() as u64, "the page came by no tunnel");
 
+    reboot(&kube, &url, &page).context("a node is started again")?;
+
     // Another component writes the configuration anew: the plugin comes back.
     let east = kube.node("east")?;
     let range = kube.field("", "node/east", ".spec.podCIDRs[*]")?;
@@ -385,6 +387,30 @@ fn birth(cluster: Builder) -> Result<()> {
     kube.apply(&sleeper("afterwards", "shop"))?;
     kube.wait_ready("shop", &["afterwards"], POD_READY)?;
     fetch(&kube, &url, &page).context("without a mesh")
+}
+
+/// A node loses its power. Its pods come back before anybody looks after them, and yet say nothing in the clear.
+fn reboot(kube: &KubeCluster, url: &str, page: &str) -> Result<()> {
+    kube.apply(&pod("early", "shop", &format!("wget -q -O - {url}; exec sleep 1000000")))?;
+    kube.wait_ready("shop", &["early"], POD_READY)?;
+    let mut pods = [addresses(kube, "web")?, addresses(kube, "client")?, addresses(kube, "early")?].concat();
+    let capture = kube.capture()?;
+    let start = Moment::now();
+    kube.node("east")?.restart()?;
+    until(Duration::from_secs(120), "the pods of the node run again", || {
+        let path = ".status.containerStatuses[0].restartCount";
+        Ok(kube.field("shop", "pod/early", path)? != "0" && kube.field("shop", "pod/client", path)? != "0")
+    })?;
+    kube.wait_ready("shop", &["early", "client"], POD_READY)?;
+    pods.extend([addresses(kube, "client")?, addresses(kube, "early")?].concat());
+    wait_enrolled(kube, &["web", "client", "early"])?;
+    until(Duration::from_secs(30), "the early pod's first call since has ended well", || {
+        Ok(kube.kubectl(["logs", "-n", "shop", "early"])?.contains(page))
+    })?;
+    fetch(kube, url, page)?;
+    let recording = capture.stop()?;
+    recording.nothing_in_the_clear(start, &pods, page.as_bytes())?;
+    kube.kubectl(["delete", "pod", "-n", "shop", "early", "--grace-period=1"]).map(drop)
 }
 
 /// A pod on `east` that fetches a page once, first thing.

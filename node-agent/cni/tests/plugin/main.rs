@@ -240,6 +240,16 @@ fn with_nobody_to_ask_only_excluded_namespaces_start() {
 }
 
 #[test]
+fn what_the_api_server_says_counts_in_excluded_namespaces_too() {
+    let wanted = json!({"weft.dev/mesh": "enabled"});
+    let api = fake::api(&[pod("u-1", &json!({})), namespace(&wanted)]);
+    let mut node = Node::new(Some(&api));
+    node.settings.excluded_namespaces = vec!["shop".to_owned()];
+    node.write_settings();
+    node.add().refused(11, &["belongs to the mesh"]);
+}
+
+#[test]
 fn errors_are_those_of_the_specification() {
     let node = Node::new(None);
     let config = node.config("1.1.0");
