@@ -139,7 +139,7 @@ async fn is_ready(control: &Control) -> bool {
 }
 
 async fn counts(control: &Control, line: &str) {
-    eventually(line, async || get(&control.metrics, "/metrics").await.contains(line)).await;
+    eventually(line, async || get(&control.metrics, "/metrics").await.lines().any(|l| l == line)).await;
 }
 
 #[tokio::test]
