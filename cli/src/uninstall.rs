@@ -175,7 +175,8 @@ async fn remove(cluster: &Cluster, namespace: &str) -> Result<()> {
         cluster.delete(&path).await?;
         if path.ends_with("/daemonsets/weft-agent") {
             let end = Instant::now() + PATIENCE;
-            while !cluster.list::<Value>(&pods).await?.is_empty() && Instant::now() < end {
+            let is_agent = |pod: &Value| pod["metadata"]["labels"]["app.kubernetes.io/name"] == "weft-agent";
+            while cluster.list::<Value>(&pods).await?.iter().any(is_agent) && Instant::now() < end {
                 sleep(LOOK).await;
             }
         }
