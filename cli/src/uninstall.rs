@@ -51,11 +51,13 @@ const LOOK: Duration = Duration::from_secs(1);
 /// A controller starts, and agents let connections in flight end, well within it.
 const PATIENCE: Duration = Duration::from_secs(120);
 /// What the controller makes, beside what is installed.
-const MADE: [&str; 3] = [
-    "api/v1:secrets/weft-ca",
-    "api/v1:configmaps/weft-root",
-    "apis/coordination.k8s.io/v1:leases/weft-control",
+const MADE: [(&str, &str); 3] = [
+    ("api/v1", "secrets/weft-ca"),
+    ("api/v1", "configmaps/weft-root"),
+    ("apis/coordination.k8s.io/v1", "leases/weft-control"),
 ];
+/// The namespace that nobody else has a use for; any other may be shared.
+const OURS: &str = "weft-system";
 
 pub async fn run(arguments: &Arguments) -> Result<ExitCode> {
     let namespace = arguments.target.namespace.as_str();
@@ -161,28 +163,29 @@ async fn retire(cluster: &Cluster, namespace: &str) -> Result<Vec<String>> {
 }
 
 async fn remove(cluster: &Cluster, namespace: &str) -> Result<()> {
-    let mut paths: Vec<String> = chart::objects(&Values::default(), namespace)?.iter().map(path).collect();
-    // The DaemonSet first: its pods need what they may do until they have ended. The namespace, which comes first in
-    // the manifest, goes last.
-    paths.reverse();
-    for made in MADE {
-        let (group, object) = made.split_once(':').unwrap_or_default();
-        let (plural, name) = object.split_once('/').unwrap_or_default();
-        paths.insert(0, format!("/{group}/namespaces/{namespace}/{plural}/{name}"));
-    }
-    let pods = agents::path(namespace);
+    let own = format!("/api/v1/namespaces/{namespace}");
+    let installed = chart::objects(&Values::default(), namespace)?;
+    // The DaemonSet first: its pods need what they may do until they have ended.
+    let mut paths: Vec<String> = installed.iter().rev().map(path).filter(|path| *path != own).collect();
+    paths.extend(MADE.map(|(group, object)| format!("/{group}/namespaces/{namespace}/{object}")));
+    let agents = agents::path(namespace);
     for path in paths {
         cluster.delete(&path).await?;
         if path.ends_with("/daemonsets/weft-agent") {
             let end = Instant::now() + PATIENCE;
             let is_agent = |pod: &Value| pod["metadata"]["labels"]["app.kubernetes.io/name"] == "weft-agent";
-            while cluster.list::<Value>(&pods).await?.iter().any(is_agent) && Instant::now() < end {
+            while cluster.list::<Value>(&agents).await?.iter().any(is_agent) && Instant::now() < end {
                 sleep(LOOK).await;
             }
         }
     }
+    if namespace != OURS {
+        eprintln!("the namespace {namespace} stays, for what else is in it");
+        return Ok(());
+    }
+    cluster.delete(&own).await?;
     let end = Instant::now() + PATIENCE;
-    while cluster.find(&format!("/api/v1/namespaces/{namespace}")).await?.is_some() {
+    while cluster.find(&own).await?.is_some() {
         if Instant::now() > end {
             bail!(
                 "the namespace {namespace} is still being deleted; kubectl get namespace {namespace} -o yaml says why"
