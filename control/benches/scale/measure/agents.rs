@@ -31,6 +31,8 @@ use weft_proto::{
 use weft_xds::{AuthenticatedChannel, ControlEndpoint, MAX_RESPONSE_BYTES};
 
 const METHOD: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/DeltaAggregatedResources";
+/// After a call that failed.
+const RETRY: Duration = Duration::from_millis(200);
 /// In the order in which an agent asks, the last of which makes its first state whole.
 const TYPES: [&str; 3] = [type_url::MESH_CONFIG, type_url::ADDRESS, type_url::LOCAL_WORKLOAD];
 
@@ -89,32 +91,27 @@ pub fn start(endpoint: &ControlEndpoint, node: String, seen: Arc<Seen>) -> Resul
     let (enrolled, news) = watch::channel(BTreeSet::new());
     tokio::spawn(report(channel.clone(), news, seen.clone()));
     tokio::spawn(async move {
-        let why = follow(channel, &node, &enrolled, &seen).await;
-        eprintln!("the stream of {node} ended: {why}");
+        let mut first = HashSet::new();
+        // Whoever asks the API server about fifty tokens at once may be refused at first.
+        while let Err(why) = stream(channel.clone(), &node, &enrolled, &seen, &mut first).await {
+            if !first.is_empty() {
+                eprintln!("the stream of {node} ended: {why}");
+                break;
+            }
+            sleep(RETRY).await;
+        }
         seen.ended.fetch_add(1, Ordering::Relaxed);
-        // Its report goes on with what it knew.
-        enrolled.closed().await;
     });
     Ok(())
 }
 
-async fn follow(
-    channel: AuthenticatedChannel,
-    node: &str,
-    enrolled: &watch::Sender<BTreeSet<String>>,
-    seen: &Seen,
-) -> Status {
-    match stream(channel, node, enrolled, seen).await {
-        Ok(()) => Status::unavailable("the controller ended it"),
-        Err(status) => status,
-    }
-}
-
+/// One stream to its end. `first` are the types of which anything came.
 async fn stream(
     channel: AuthenticatedChannel,
     node: &str,
     enrolled: &watch::Sender<BTreeSet<String>>,
     seen: &Seen,
+    first: &mut HashSet<String>,
 ) -> Result<(), Status> {
     let (requests, outgoing) = mpsc::channel(TYPES.len());
     for kind in TYPES {
@@ -128,7 +125,7 @@ async fn stream(
     let request = tonic::Request::new(ReceiverStream::new(outgoing));
     let mut responses =
         grpc.streaming(request, PathAndQuery::from_static(METHOD), Counting).await?.into_inner();
-    let (mut first, mut known) = (HashSet::new(), HashSet::new());
+    let mut known = HashSet::new();
     while let Some(Counted { bytes, response }) = responses.message().await? {
         let Response { resources, type_url, nonce, removed } = response;
         let names: Vec<String> = resources.into_iter().map(|resource| resource.name).collect();
@@ -166,7 +163,7 @@ async fn report(channel: AuthenticatedChannel, mut news: watch::Receiver<BTreeSe
         let outcome =
             client.report_enrollment(EnrollmentReport { enrolled_uids, failures: Vec::new() }).await;
         if outcome.is_err() {
-            sleep(Duration::from_millis(200)).await;
+            sleep(RETRY).await;
             news.mark_changed();
         }
     }

@@ -106,6 +106,9 @@ pub async fn run(program: &Path, sizes: Sizes, say: bool) -> Result<Figures, Err
         seen.full.load(Ordering::Relaxed) == sizes.agents || seen.ended.load(Ordering::Relaxed) > 0
     })
     .await?;
+    if seen.ended.load(Ordering::Relaxed) > 0 {
+        return Err("a stream ended before its agent had all of its first state".into());
+    }
     figures.first_state = begin.elapsed();
     figures.first_bytes = seen.first_bytes.load(Ordering::Relaxed) / sizes.agents as u64;
     figures.first_resources = seen.first_resources.load(Ordering::Relaxed) / sizes.agents as u64;
