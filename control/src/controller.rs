@@ -5,7 +5,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use tokio::sync::{mpsc, oneshot, watch};
@@ -13,13 +13,21 @@ use weft_xds::Snapshot;
 
 use crate::{
     cluster::enrollment::Heard,
-    enrollment::{Enrollment, Places},
+    enrollment::{Enrollment, Failures},
     metrics::{KindLabel, Metrics, NodeLabel},
     snapshot::Builder,
     source::Delta,
-    store::Store,
-    translate::{self, Identities, MeshSettings},
+    store::{Store, Touched},
+    translate::{
+        self, Identities, MeshSettings,
+        incremental::{Changes, Placed, Translator},
+    },
 };
+
+/// Changes of objects come in company: a new pod, its EndpointSlice, the end of the old pod, each from a watch of its
+/// own. What comes within this time is taken in as one, so that agents are sent one message instead of three, and no
+/// more states than this allows however restless the cluster is.
+const GATHER: Duration = Duration::from_millis(20);
 
 /// What the controller takes in.
 #[derive(Debug)]
@@ -38,7 +46,7 @@ pub struct Report {
     /// Workload uids.
     pub enrolled: BTreeSet<String>,
     /// Workload uid to what went wrong.
-    pub failures: BTreeMap<String, String>,
+    pub failures: Failures,
     /// Told when the report is written down and published, or why it is not.
     pub done: oneshot::Sender<Result<(), String>>,
 }
@@ -51,12 +59,14 @@ pub struct Published {
 }
 
 pub struct Controller {
-    settings: MeshSettings,
     store: Store,
+    translator: Translator,
     enrollment: Enrollment,
     builder: Builder,
     /// As last said, to say each once.
     problems: BTreeMap<String, String>,
+    /// A kind of address of which no range is known. Nothing is published then.
+    uncaptured: Option<&'static str>,
     snapshots: watch::Sender<Option<Arc<Snapshot>>>,
     identities: watch::Sender<Option<Arc<Identities>>>,
     metrics: Metrics,
@@ -67,11 +77,12 @@ impl Controller {
         let (snapshots, snapshots_receiver) = watch::channel(None);
         let (identities, identities_receiver) = watch::channel(None);
         let controller = Self {
-            settings,
             store: Store::default(),
+            translator: Translator::new(settings),
             enrollment,
             builder: Builder::default(),
             problems: BTreeMap::new(),
+            uncaptured: None,
             snapshots,
             identities,
             metrics,
@@ -91,7 +102,8 @@ impl Controller {
             match input {
                 Input::Objects(delta) => {
                     self.store.apply(delta);
-                    // All that waits is one change: working out what follows costs more than applying it.
+                    #[allow(clippy::disallowed_methods, reason = "a thread of its own")]
+                    std::thread::sleep(GATHER);
                     loop {
                         match inputs.try_recv() {
                             Ok(Input::Objects(delta)) => self.store.apply(delta),
@@ -106,16 +118,28 @@ impl Controller {
         }
     }
 
-    /// What comes next. If it is not there yet, there is time for what can be done late.
+    /// What comes next. While it is not there yet, there is time for what can be done late.
     fn wait(&mut self, inputs: &mut mpsc::Receiver<Input>) -> Option<Input> {
-        inputs.try_recv().ok().or_else(|| {
-            let started = self.is_started();
-            let is_there = |node: &str| !started || self.store.nodes.contains_key(node);
-            if self.enrollment.tidy(is_there) {
-                self.settle();
+        loop {
+            if let Ok(input) = inputs.try_recv() {
+                return Some(input);
             }
-            inputs.blocking_recv()
-        })
+            // Before the first objects everybody looks as if they had left.
+            if !self.is_started() || !self.tidy() {
+                return inputs.blocking_recv();
+            }
+        }
+    }
+
+    /// One thing that can be done late. Returns whether there may be more.
+    fn tidy(&mut self) -> bool {
+        let (store, settings) = (&self.store, self.translator.settings());
+        let is_wanted = |node: &str, uid: &str| translate::is_wanted(store, settings, node, uid);
+        let is_there = |node: &str| store.nodes.contains_key(node);
+        let more = self.enrollment.tidy(self.translator.desired(), is_wanted, is_there);
+        self.count_failures();
+        self.enrolled();
+        more
     }
 
     /// Applies a change of objects and publishes what follows.
@@ -127,13 +151,12 @@ impl Controller {
     /// Takes in what is written down of a node's pods: before the first objects all of it, later what another replica
     /// wrote.
     fn heard(&mut self, heard: &Heard) {
-        let desired = self.is_started().then(|| translate::desired(&self.store, &self.settings));
-        if self.enrollment.heard(heard, desired.as_ref()) && desired.is_some() {
-            self.publish();
-        }
+        let desired = self.is_started().then(|| self.translator.desired());
+        self.enrollment.heard(heard, desired);
         if self.is_started() {
-            self.retain_failures();
+            self.retain_failures([&heard.node]);
         }
+        self.enrolled();
     }
 
     fn is_started(&self) -> bool {
@@ -142,16 +165,27 @@ impl Controller {
 
     /// Makes of the store what follows from it.
     fn settle(&mut self) {
-        let desired = translate::desired(&self.store, &self.settings);
-        self.enrollment.retain(&desired);
-        self.retain_failures();
-        self.metrics.pods_desired.set(desired.len() as i64);
+        let touched = self.store.take_touched();
+        let Placed { former, nodes } = self.translator.place(&self.store, &touched);
+        match self.is_started() {
+            true => self.enrollment.leave(&former, self.translator.desired()),
+            // What is enrolled was read before the objects, and may be of pods that ended since.
+            false => self.enrollment.retain(self.translator.desired()),
+        }
+        self.retain_failures(&nodes);
+        self.metrics.pods_desired.set(self.translator.desired().len() as i64);
         for (kind, count) in self.store.counts() {
             self.metrics.objects.get_or_create(&KindLabel { kind: kind.as_str() }).set(count as i64);
         }
-        let identities = Arc::new(translate::identities(&self.store, &self.settings));
-        self.identities.send_replace(Some(identities));
-        self.publish();
+        self.identities.send_replace(Some(Arc::new(self.translator.identities().clone())));
+        self.publish(&touched);
+    }
+
+    /// Publishes what follows from a change of who is enrolled. Before the first objects nothing does.
+    fn enrolled(&mut self) {
+        if self.is_started() && self.enrollment.has_changed() {
+            self.publish(&Touched::default());
+        }
     }
 
     fn report(&mut self, report: Report) {
@@ -168,21 +202,19 @@ impl Controller {
         &mut self,
         node: &str,
         enrolled: &BTreeSet<String>,
-        mut failures: BTreeMap<String, String>,
+        mut failures: Failures,
     ) -> Result<(), String> {
         if self.snapshots.borrow().is_none() {
             // Taking it in now would find none of its pods, and the agent would not repeat it.
             return Err("the controller has not read its objects yet".to_owned());
         }
-        failures.retain(|uid, _| translate::is_wanted(&self.store, &self.settings, node, uid));
+        failures.retain(|uid, _| translate::is_wanted(&self.store, self.translator.settings(), node, uid));
         self.say_failures(node, &failures);
-        let desired = translate::desired(&self.store, &self.settings);
-        let report = self.enrollment.report(node, enrolled, failures, &desired);
-        if report.map_err(|error| error.to_string())? {
-            self.publish();
-        }
+        let desired = self.translator.desired();
+        self.enrollment.report(node, enrolled, failures, desired).map_err(|error| error.to_string())?;
         self.count_failures();
-        match self.too_early(node, enrolled, &desired) {
+        self.enrolled();
+        match self.too_early(node, enrolled) {
             Some(uid) => Err(format!("{uid} has no address yet as far as is known here; report it again")),
             None => Ok(()),
         }
@@ -190,50 +222,57 @@ impl Controller {
 
     /// A reported pod that is to be in the mesh and does not count yet, since its address has not come here: an agent
     /// may have that from another replica. It has to be reported again.
-    fn too_early<'a>(&self, node: &str, enrolled: &'a BTreeSet<String>, desired: &Places) -> Option<&'a str> {
-        let waiting = translate::waiting(&self.store, &self.settings, node);
-        enrolled.iter().map(String::as_str).find(|uid| waiting.contains(*uid) && !desired.contains_key(*uid))
+    fn too_early<'a>(&self, node: &str, enrolled: &'a BTreeSet<String>) -> Option<&'a str> {
+        let waiting = translate::waiting(&self.store, self.translator.settings(), node);
+        enrolled.iter().map(String::as_str).find(|uid| waiting.contains(*uid))
     }
 
-    fn say_failures(&self, node: &str, failures: &BTreeMap<String, String>) {
+    fn say_failures(&self, node: &str, failures: &Failures) {
         let known = self.enrollment.failures();
-        let is_known = |uid: &String, message: &String| known.get(uid).is_some_and(|f| f.message == *message);
-        for (uid, message) in failures.iter().filter(|(uid, message)| !is_known(uid, message)) {
+        for (uid, message) in failures.iter().filter(|(uid, message)| known.get(node, uid) != Some(message)) {
             tracing::warn!(target: "enrollment", node, uid, "the agent cannot enrol a pod: {message}");
         }
     }
 
-    /// What is not to be in the mesh cannot fail to get there.
-    fn retain_failures(&mut self) {
-        let (store, settings) = (&self.store, &self.settings);
-        self.enrollment.retain_failures(|node, uid| translate::is_wanted(store, settings, node, uid));
+    /// What is not to be in the mesh cannot fail to get there. `nodes` are those of which that may read differently.
+    fn retain_failures<'a>(&mut self, nodes: impl IntoIterator<Item = &'a String>) {
+        let (store, settings) = (&self.store, self.translator.settings());
+        for node in nodes {
+            self.enrollment
+                .retain_failures(node, |node, uid| translate::is_wanted(store, settings, node, uid));
+        }
         self.count_failures();
     }
 
-    fn count_failures(&self) {
+    fn count_failures(&mut self) {
         let family = &self.metrics.enrollment_failures;
-        family.clear();
-        for failure in self.enrollment.failures().values() {
-            family.get_or_create(&NodeLabel { node: failure.node.clone() }).inc();
+        for node in self.enrollment.take_changed_failures() {
+            let count = self.enrollment.failures().of(&node).len();
+            let label = NodeLabel { node };
+            if count == 0 {
+                family.remove(&label);
+            } else {
+                family.get_or_create(&label).set(count as i64);
+            }
         }
     }
 
-    fn publish(&mut self) {
+    fn publish(&mut self, touched: &Touched) {
         let started = Instant::now();
-        let mut translation = translate::translate(&self.store, self.enrollment.enrolled(), &self.settings);
-        if let Some(what) = translation.uncaptured() {
-            // Agents would capture nothing that goes there, and let it out in the clear.
-            let problem = (what.to_owned(), "no range is known, so nothing new is served".to_owned());
-            self.say([problem].into());
+        let changed = self.enrollment.take_changed();
+        let enrolled = self.enrollment.enrolled();
+        let mut changes = self.translator.translate(&self.store, touched, enrolled, &changed);
+        let enrolled = enrolled.len();
+        self.metrics.pods_enrolled.set(enrolled as i64);
+        self.note_problems(&mut changes);
+        self.builder.apply(changes);
+        if self.uncaptured.is_some() {
             return;
         }
-        self.say(std::mem::take(&mut translation.problems));
-        self.metrics.pods_enrolled.set(self.enrollment.enrolled().len() as i64);
-        if let Some(snapshot) = self.builder.build(translation) {
-            tracing::info!(
+        if let Some(snapshot) = self.builder.build() {
+            tracing::debug!(
                 target: "controller",
-                version = snapshot.version, took = ?started.elapsed(),
-                enrolled = self.enrollment.enrolled().len(), "published a state"
+                version = snapshot.version, took = ?started.elapsed(), enrolled, "published a state"
             );
             self.metrics.snapshots.inc();
             self.snapshots.send_replace(Some(Arc::new(snapshot)));
@@ -241,16 +280,33 @@ impl Controller {
         self.metrics.set_ready();
     }
 
-    fn say(&mut self, problems: BTreeMap<String, String>) {
-        for (subject, problem) in
-            problems.iter().filter(|(subject, problem)| self.problems.get(*subject) != Some(problem))
-        {
-            tracing::warn!(target: "controller", "{subject}: {problem}");
+    /// Says what is newly wrong.
+    fn note_problems(&mut self, changes: &mut Changes) {
+        if let Some(mesh) = &changes.mesh {
+            let uncaptured = translate::uncaptured(mesh);
+            // Agents would capture nothing that goes there, and let it out in the clear.
+            let problem = "no range is known, so nothing new is served";
+            let subjects = [(self.uncaptured, None), (uncaptured, Some(problem.to_owned()))];
+            let subjects =
+                subjects.into_iter().filter_map(|(what, problem)| Some((what?.to_owned(), problem)));
+            changes.problems.extend(subjects);
+            self.uncaptured = uncaptured;
         }
-        self.metrics.translation_problems.set(problems.len() as i64);
-        self.problems = problems;
+        for (subject, problem) in std::mem::take(&mut changes.problems) {
+            match problem {
+                None => drop(self.problems.remove(&subject)),
+                Some(problem) if self.problems.get(&subject) == Some(&problem) => {}
+                Some(problem) => {
+                    tracing::warn!(target: "controller", "{subject}: {problem}");
+                    self.problems.insert(subject, problem);
+                }
+            }
+        }
+        self.metrics.translation_problems.set(self.problems.len() as i64);
     }
 }
 
+#[cfg(test)]
+mod anew;
 #[cfg(test)]
 mod tests;

@@ -39,6 +39,11 @@ use crate::{
     state_dir::StateDir,
 };
 
+/// Gives memory back after a burst, which the C library's allocator does not: all agents ask for everything at once when
+/// the controller has been away. How soon is set in `.cargo/config.toml`.
+#[global_allocator]
+static ALLOCATOR: tikv_jemallocator::Jemalloc = tikv_jemallocator::Jemalloc;
+
 fn main() -> ExitCode {
     let mut cli = Cli::parse();
     let result = match cli.command.take() {

@@ -1,5 +1,5 @@
 //! Translation to the snapshot that is served: encoding, and versions that are hashes of it. What did not change since
-//! the last snapshot is neither encoded nor hashed again.
+//! the last snapshot is not hashed again, and is shared with it.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -10,61 +10,60 @@ use weft_proto::{
 };
 use weft_xds::{Resources, Snapshot, resource};
 
-use crate::translate::Translation;
+use crate::translate::incremental::Changes;
 
 /// Builds one snapshot after the other.
 #[derive(Debug, Default)]
 pub struct Builder {
-    last: Translation,
     snapshot: Snapshot,
+    /// The snapshot differs from the last one that was built.
+    changed: bool,
 }
 
 impl Builder {
+    /// Takes in changes, for the next snapshot.
+    pub fn apply(&mut self, changes: Changes) {
+        let Changes { addresses, local, mesh, problems: _ } = changes;
+        let Snapshot { shared, per_node, .. } = &mut self.snapshot;
+        let known = shared.entry(type_url::ADDRESS).or_default();
+        for (name, address) in addresses {
+            self.changed |= set(known, name, address.map(|address| encode_address(&address)));
+        }
+        if let Some(mesh) = mesh {
+            let known = shared.entry(type_url::MESH_CONFIG).or_default();
+            self.changed |= set(known, MESH_CONFIG_NAME.to_owned(), Some(mesh.encode_to_vec()));
+        }
+        for (node, local) in local {
+            let mut types = per_node.remove(&node).unwrap_or_default();
+            let known = types.entry(type_url::LOCAL_WORKLOAD).or_default();
+            for (name, workload) in local {
+                self.changed |= set(known, name, workload.map(|workload| workload.encode_to_vec()));
+            }
+            if !known.is_empty() {
+                per_node.insert(node, types);
+            }
+        }
+    }
+
     /// The next snapshot; None if nothing in it would differ from the last one.
-    pub fn build(&mut self, next: Translation) -> Option<Snapshot> {
-        let first = self.snapshot.version == 0;
-        let same = next.addresses == self.last.addresses
-            && next.local == self.last.local
-            && next.mesh == self.last.mesh;
-        if same && !first {
+    pub fn build(&mut self) -> Option<Snapshot> {
+        if !std::mem::take(&mut self.changed) && self.snapshot.version > 0 {
             return None;
         }
-        let mut shared = std::mem::take(&mut self.snapshot.shared);
-        update(
-            shared.entry(type_url::ADDRESS).or_default(),
-            &self.last.addresses,
-            &next.addresses,
-            encode_address,
-        );
-        let mesh = Resources::unit(MESH_CONFIG_NAME.to_owned(), resource(next.mesh.encode_to_vec()));
-        shared.insert(type_url::MESH_CONFIG, mesh);
-
-        let nothing = BTreeMap::new();
-        let mut per_node = std::mem::take(&mut self.snapshot.per_node);
-        per_node.retain(|node, _| next.local.contains_key(node));
-        for (node, local) in &next.local {
-            let types = per_node.entry(node.clone()).or_default();
-            let last = self.last.local.get(node).unwrap_or(&nothing);
-            update(types.entry(type_url::LOCAL_WORKLOAD).or_default(), last, local, Message::encode_to_vec);
-        }
-        self.snapshot = Snapshot { version: self.snapshot.version + 1, shared, per_node };
-        self.last = next;
+        self.snapshot.version += 1;
         Some(self.snapshot.clone())
     }
 }
 
-/// Brings `resources` from `last` to `next`.
-fn update<M: PartialEq>(
-    resources: &mut Resources,
-    last: &BTreeMap<String, M>,
-    next: &BTreeMap<String, M>,
-    encode: impl Fn(&M) -> Vec<u8>,
-) {
-    for name in last.keys().filter(|name| !next.contains_key(*name)) {
-        resources.remove(name);
-    }
-    for (name, message) in next.iter().filter(|(name, message)| last.get(*name) != Some(*message)) {
-        resources.insert(name.clone(), resource(encode(message)));
+/// Brings one resource up to date. Returns whether it was not.
+fn set(resources: &mut Resources, name: String, content: Option<Vec<u8>>) -> bool {
+    match content {
+        None => resources.remove(&name).is_some(),
+        Some(content) if resources.get(&name).is_some_and(|(_, known)| *known == content) => false,
+        Some(content) => {
+            resources.insert(name, resource(content));
+            true
+        }
     }
 }
 
@@ -119,11 +118,15 @@ mod tests {
         Address { r#type: Some(address::Type::Workload(workload)) }
     }
 
-    fn translation(addresses: &[(&str, Address)]) -> Translation {
-        Translation {
-            addresses: addresses.iter().map(|(name, a)| ((*name).to_owned(), a.clone())).collect(),
-            ..Translation::default()
-        }
+    /// What became of addresses: those without content are gone.
+    fn changes(addresses: &[(&str, Option<Address>)]) -> Changes {
+        let addresses = addresses.iter().map(|(name, address)| ((*name).to_owned(), address.clone()));
+        Changes { addresses: addresses.collect(), ..Changes::default() }
+    }
+
+    fn built(builder: &mut Builder, changes: Changes) -> Option<Snapshot> {
+        builder.apply(changes);
+        builder.build()
     }
 
     #[test]
@@ -140,12 +143,15 @@ mod tests {
     #[test]
     fn follows_changes_and_says_nothing_without_one() {
         let mut builder = Builder::default();
-        let first =
-            builder.build(translation(&[("a", workload("a", [])), ("b", workload("b", []))])).unwrap();
+        let (a, b, c) = (workload("a", []), workload("b", []), workload("c", []));
+        let both = || changes(&[("a", Some(a.clone())), ("b", Some(b.clone()))]);
+        let first = built(&mut builder, both()).unwrap();
         assert_eq!(first.version, 1);
-        assert!(builder.build(translation(&[("a", workload("a", [])), ("b", workload("b", []))])).is_none());
-        let second =
-            builder.build(translation(&[("a", workload("a", [1])), ("c", workload("c", []))])).unwrap();
+        assert!(built(&mut builder, both()).is_none());
+        assert!(built(&mut builder, changes(&[("unheard-of", None)])).is_none());
+        let a = workload("a", [1]);
+        let news = changes(&[("a", Some(a.clone())), ("b", None), ("c", Some(c.clone()))]);
+        let second = built(&mut builder, news).unwrap();
         let names = |s: &Snapshot| s.shared[type_url::ADDRESS].keys().cloned().collect::<Vec<_>>();
         assert_eq!(
             (names(&first), names(&second)),
@@ -154,36 +160,41 @@ mod tests {
         let version = |s: &Snapshot| s.shared[type_url::ADDRESS]["a"].0.clone();
         assert_ne!(version(&first), version(&second));
         // Another replica, which saw only the outcome, serves the same versions.
-        let other = Builder::default()
-            .build(translation(&[("a", workload("a", [1])), ("c", workload("c", []))]))
-            .unwrap();
-        assert_eq!(other.shared, second.shared);
+        let outcome = changes(&[("a", Some(a)), ("c", Some(c))]);
+        assert_eq!(built(&mut Builder::default(), outcome).unwrap().shared, second.shared);
+    }
+
+    #[test]
+    fn what_is_taken_in_is_in_the_next_snapshot() {
+        let mut builder = Builder::default();
+        builder.apply(changes(&[("a", Some(workload("a", [])))]));
+        builder.apply(changes(&[("b", Some(workload("b", [])))]));
+        assert_eq!(builder.build().unwrap().shared[type_url::ADDRESS].len(), 2);
+        assert!(builder.build().is_none());
     }
 
     #[test]
     fn an_empty_mesh_is_served_too() {
-        let snapshot = Builder::default().build(Translation::default()).unwrap();
+        let empty = Changes { mesh: Some(Default::default()), ..Changes::default() };
+        let snapshot = built(&mut Builder::default(), empty).unwrap();
         assert!(snapshot.shared[type_url::MESH_CONFIG].contains_key(MESH_CONFIG_NAME));
         assert!(snapshot.shared[type_url::ADDRESS].is_empty());
     }
 
     #[test]
     fn local_workloads_come_and_go_with_their_node() {
-        let local = |uids: &[&str]| Translation {
-            local: [(
-                "n1".to_owned(),
-                uids.iter().map(|u| ((*u).to_owned(), LocalWorkload::default())).collect(),
-            )]
-            .into(),
-            ..Translation::default()
+        let local = |uids: &[(&str, bool)]| {
+            let uids = uids.iter().map(|(uid, is)| ((*uid).to_owned(), is.then(LocalWorkload::default)));
+            Changes { local: [("n1".to_owned(), uids.collect())].into(), ..Changes::default() }
         };
         let mut builder = Builder::default();
-        let snapshot = builder.build(local(&["a", "b"])).unwrap();
+        let snapshot = built(&mut builder, local(&[("a", true), ("b", true)])).unwrap();
         assert_eq!(snapshot.view("n1", type_url::LOCAL_WORKLOAD).len(), 2);
         assert_eq!(snapshot.view("n2", type_url::LOCAL_WORKLOAD).len(), 0);
-        let snapshot = builder.build(local(&["b"])).unwrap();
+        let snapshot = built(&mut builder, local(&[("a", false)])).unwrap();
         assert_eq!(snapshot.view("n1", type_url::LOCAL_WORKLOAD).keys().collect::<Vec<_>>(), ["b"]);
-        let snapshot = builder.build(Translation::default()).unwrap();
+        let snapshot = built(&mut builder, local(&[("b", false)])).unwrap();
         assert_eq!(snapshot.view("n1", type_url::LOCAL_WORKLOAD).len(), 0);
+        assert!(snapshot.per_node.is_empty());
     }
 }

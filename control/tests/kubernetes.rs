@@ -134,6 +134,7 @@ async fn is_ready(control: &Control) -> bool {
 }
 
 async fn counts(control: &Control, line: &str) {
+    // A whole line: the words that explain a metric begin with its name, too.
     eventually(line, async || get(&control.metrics, "/metrics").await.lines().any(|l| l == line)).await;
 }
 
@@ -461,9 +462,9 @@ async fn a_replica_out_of_touch_is_not_one_to_send_agents_to() {
     let control = cluster.start();
     counts(&control, "weft_control_leader 1").await;
     cluster.api.silence(true);
+    sleep(Duration::from_secs(5)).await;
     counts(&control, "weft_control_leader 0").await;
     assert!(is_ready(&control).await, "a short silence is no reason");
-    sleep(Duration::from_secs(5)).await;
     eventually("not ready", async || {
         get(&control.ready, "/readyz").await.contains("the API server does not answer")
     })

@@ -113,7 +113,9 @@ async fn a_pod_enters_the_mesh_and_stays_over_a_restart() {
 #[tokio::test]
 async fn certificates_are_for_the_callers_own_node() {
     let mesh = Mesh::new("enabled");
-    let control = mesh.start();
+    let mut command = mesh.command();
+    command.args(["--log", "info,controller=debug"]);
+    let control = Control::start(command);
     let own = mesh.endpoint(&control, &mesh.token("n1", "1h"));
     let chain = certificate(&own, WEB).await.unwrap();
     assert_eq!(chain[1].as_bytes(), own.ca_pem);

@@ -1,11 +1,11 @@
-//! Building the workspace's programs, and `demo` and `bench`, which are two of them.
+//! Building the workspace's programs, and `demo` and the benches, which are some of them.
 
 use std::env;
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::process::Command;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use crate::packages::{self, Purpose};
 use crate::{ebpf, run, say, setup, tree};
@@ -24,14 +24,15 @@ pub struct DemoArguments {
     keep: bool,
 }
 
-/// Measure Weft beside plain TCP, over the same wire
+/// Measure Weft beside plain TCP, over the same wire; or the controller beside a large cluster
 #[derive(clap::Args)]
 #[command(
+    args_conflicts_with_subcommands = true,
     long_about = "Measure Weft beside plain TCP, over the same wire, in one run: throughput (iperf3), requests and new \
         connections (wrk), and the agent's memory. Prints a table with the ratios. Builds in release mode, which takes \
         minutes the first time. Needs root to run (not to build): network namespaces, eBPF.",
     after_help = "Examples:\n  cargo xtask bench\n  cargo xtask bench --runs 5 requests     # the median of five, works whose name contains it\n  \
-        cargo xtask bench -o json > bench.json"
+        cargo xtask bench -o json > bench.json\n  cargo xtask bench control               # the controller with 50000 pods"
 )]
 pub struct BenchArguments {
     /// Only works whose name contains this: stream-1, stream-4, requests-1, requests-64, connections-32, memory
@@ -39,6 +40,47 @@ pub struct BenchArguments {
     /// How often to measure each work; the median counts
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100))]
     runs: u32,
+    /// Print `json` on standard output instead of a table
+    #[arg(short, long, value_name = "FORMAT", value_parser = ["table", "json"], default_value = "table")]
+    output: String,
+    #[command(subcommand)]
+    other: Option<OtherBench>,
+}
+
+#[derive(clap::Subcommand)]
+enum OtherBench {
+    Control(ControlBenchArguments),
+}
+
+/// Measure the controller beside a large, restless cluster
+#[derive(clap::Args)]
+#[command(
+    long_about = "Measure the controller beside a large, restless cluster: weft-control itself, fed by a stand-in for the API \
+        server that makes up nodes, pods and Services and replaces some of the pods every second, with simulated agents on \
+        its TLS port. Prints memory, processor time, messages and bytes for each change, and how long a change takes to an \
+        agent. Builds in release mode, which takes minutes the first time. Needs no root, and leaves nothing behind.",
+    after_help = "Examples:\n  cargo xtask bench control\n  cargo xtask bench control --nodes 100 --pods 3000 --services 300 --seconds 10\n  \
+        cargo xtask bench control --agents 200 -o json > control.json"
+)]
+struct ControlBenchArguments {
+    /// Nodes of the cluster
+    #[arg(long, value_name = "NUMBER", default_value_t = 1000)]
+    nodes: u32,
+    /// Pods, all of them in the mesh
+    #[arg(long, value_name = "NUMBER", default_value_t = 50_000)]
+    pods: u32,
+    /// Services, among which the pods are divided
+    #[arg(long, value_name = "NUMBER", default_value_t = 5000)]
+    services: u32,
+    /// Simulated agents, each on a node of its own
+    #[arg(long, value_name = "NUMBER", default_value_t = 50)]
+    agents: u32,
+    /// Pods replaced a second
+    #[arg(long, value_name = "NUMBER", default_value_t = 100)]
+    churn: u32,
+    /// How long pods are replaced
+    #[arg(long, value_name = "NUMBER", default_value_t = 30)]
+    seconds: u32,
     /// Print `json` on standard output instead of a table
     #[arg(short, long, value_name = "FORMAT", value_parser = ["table", "json"], default_value = "table")]
     output: String,
@@ -100,6 +142,9 @@ pub fn demo(arguments: &DemoArguments) -> Result<()> {
 }
 
 pub fn bench(arguments: &BenchArguments) -> Result<()> {
+    if let Some(OtherBench::Control(arguments)) = &arguments.other {
+        return bench_control(arguments);
+    }
     packages::require_root("the bench makes network namespaces and loads eBPF programs")?;
     setup::ensure(Purpose::Bench)?;
     ebpf::build()?;
@@ -109,4 +154,37 @@ pub fn bench(arguments: &BenchArguments) -> Result<()> {
     command.args(["--runs", &arguments.runs.to_string(), "--output", &arguments.output]);
     command.args(&arguments.work);
     run::become_program(&mut command)
+}
+
+fn bench_control(arguments: &ControlBenchArguments) -> Result<()> {
+    say::step("Controller and its bench, in release mode");
+    let mut command = Command::new(control_bench()?);
+    let ControlBenchArguments { nodes, pods, services, agents, churn, seconds, output } = arguments;
+    for (flag, number) in [
+        ("--nodes", nodes),
+        ("--pods", pods),
+        ("--services", services),
+        ("--agents", agents),
+        ("--churn", churn),
+        ("--seconds", seconds),
+    ] {
+        command.args([flag, &number.to_string()]);
+    }
+    command.args(["--output", output]);
+    run::become_program(&mut command)
+}
+
+/// Builds the controller and the program that measures it, which knows where the controller is. Returns its path.
+fn control_bench() -> Result<PathBuf> {
+    // Over the whole workspace for its features, as in `programs`; what is built is this one and what it needs.
+    let build =
+        ["bench", "--workspace", "--exclude", "xtask", "--bench", "scale", "--no-run", "--target-dir"];
+    let mut command = cargo(&build)?;
+    command.arg(tree::target()?).arg("--message-format=json-render-diagnostics");
+    let messages = run::output(&mut command, "building the controller and its bench")?;
+    let messages = messages.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    let path = messages
+        .filter(|message| message["target"]["kind"][0] == "bench")
+        .find_map(|message| message["executable"].as_str().map(PathBuf::from));
+    path.context("cargo built no bench")
 }

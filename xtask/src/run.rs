@@ -5,7 +5,7 @@
 #![expect(clippy::disallowed_methods, reason = "no runtime here that a sleep could block")]
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
@@ -133,6 +133,20 @@ pub fn watch(command: &mut Command, mut see: impl FnMut(&str)) -> Result<bool> {
         }
     }
     Ok(finish(&mut child)?.success())
+}
+
+/// Like [`pass`], but returns standard output, once it has ended, instead of passing it on.
+pub fn output(command: &mut Command, what: &str) -> Result<String> {
+    let mut child = start(command.stdout(Stdio::piped()))?;
+    let mut text = String::new();
+    if let Some(output) = &mut child.stdout {
+        output.read_to_string(&mut text).context("cannot read a child's output")?;
+    }
+    let status = finish(&mut child)?;
+    if !status.success() {
+        bail!("{what} {}", describe(status));
+    }
+    Ok(text)
 }
 
 /// Runs a chatty program with its output in `log`; shows its last line every few seconds, and the tail if it fails.

@@ -9,7 +9,7 @@ use rustls::{
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
 use super::*;
-use crate::{state_dir::tests::temporary, store::Store, translate};
+use crate::{enrollment::Enrolled, state_dir::tests::temporary, store::Store, translate};
 
 const WEB: &str = "spiffe://cluster.local/ns/shop/sa/web";
 
@@ -26,7 +26,8 @@ fn fixture() -> Fixture {
         spec: {nodeName: n1, serviceAccountName: db}\n";
     let mut store = Store::default();
     store.apply(crate::source::Delta { upserts: translate::tests::objects(text), deletes: Vec::new() });
-    let identities = translate::identities(&store, &translate::tests::settings());
+    let (_, translator) = translate::tests::anew(store, &Enrolled::default(), &translate::tests::settings());
+    let identities = translator.identities().clone();
     let (_guard, state) = temporary();
     let root = Arc::new(Root::load_or_create(&state, "cluster.local").unwrap());
     let metrics = Metrics::default();

@@ -4,7 +4,7 @@
 //! They have no owner: the end of a Node object must not take along what is known of pods that may still run there.
 //! One that lists no pod any more, of a node that is gone, is deleted here.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use kube::{
     Api, Client,
@@ -19,7 +19,7 @@ use weft_api::{
 };
 
 use super::{ClusterError, bounded, code};
-use crate::enrollment::{Failure, Failures, Place, Places};
+use crate::enrollment::{Failures, Place, Places};
 
 /// Replicas that write at the same time refuse each other; each refusal means that the other got through.
 const ATTEMPTS: usize = 5;
@@ -36,6 +36,12 @@ pub struct Record {
     pub failures: Failures,
 }
 
+impl Record {
+    fn says_nothing(&self) -> bool {
+        self.places.is_empty() && self.failures.is_empty()
+    }
+}
+
 /// A change that was heard of: a node, and what is written down of it, or None if that is gone.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Heard {
@@ -49,6 +55,8 @@ pub struct Records {
     objects: Api<DynamicObject>,
     runtime: Handle,
     known: BTreeMap<String, Record>,
+    /// Nodes whose record says nothing.
+    empty: BTreeSet<String>,
 }
 
 /// The NodeEnrollments of a cluster.
@@ -64,15 +72,33 @@ fn resource() -> ApiResource {
 impl Records {
     /// Must be called on a runtime, which then does the writing.
     pub fn new(client: Client) -> Self {
-        Self { objects: api(client), runtime: Handle::current(), known: BTreeMap::new() }
+        Self {
+            objects: api(client),
+            runtime: Handle::current(),
+            known: BTreeMap::new(),
+            empty: BTreeSet::new(),
+        }
+    }
+
+    fn set(&mut self, node: &str, record: Record) {
+        match record.says_nothing() {
+            true => self.empty.insert(node.to_owned()),
+            false => self.empty.remove(node),
+        };
+        self.known.insert(node.to_owned(), record);
+    }
+
+    fn remove(&mut self, node: &str) -> Option<Record> {
+        self.empty.remove(node);
+        self.known.remove(node)
     }
 
     /// Takes in what a watch saw. False if it is older than what is known: the echo of an own write.
     pub fn heard(&mut self, heard: &Heard) -> bool {
         match (&heard.record, self.known.get(&heard.node)) {
-            (None, _) => drop(self.known.remove(&heard.node)),
+            (None, _) => drop(self.remove(&heard.node)),
             (Some(new), Some(known)) if !is_newer(&new.version, &known.version) => return false,
-            (Some(new), _) => drop(self.known.insert(heard.node.clone(), new.clone())),
+            (Some(new), _) => self.set(&heard.node, new.clone()),
         }
         true
     }
@@ -112,7 +138,7 @@ impl Records {
                 Ok(object) => {
                     let version = object.metadata.resource_version.unwrap_or_default();
                     let record = Record { version, places: places.clone(), failures: failures.clone() };
-                    self.known.insert(node.to_owned(), record);
+                    self.set(node, record);
                     return Ok((places, failures));
                 }
                 Err(error) if is_new && code(&error) == 404 => {
@@ -122,13 +148,13 @@ impl Records {
                 Err(error) if matches!(code(&error), 404 | 409) => {
                     let theirs = self.objects.get_opt(node).await.map_err(|error| failed(&error))?;
                     let theirs = theirs.map(|object| read(&object)).transpose()?;
-                    let known = self.known.remove(node).unwrap_or_default();
+                    let known = self.remove(node).unwrap_or_default();
                     if let Some((_, theirs)) = theirs {
                         add_new(&mut places, &known.places, &theirs.places);
                         if !reported {
                             add_new(&mut failures, &known.failures, &theirs.failures);
                         }
-                        self.known.insert(node.to_owned(), theirs);
+                        self.set(node, theirs);
                     }
                 }
                 Err(error) => return Err(failed(&error)),
@@ -137,29 +163,30 @@ impl Records {
         Err(ClusterError::Request { what, why: format!("changed by others {ATTEMPTS} times in a row") })
     }
 
-    /// Deletes what says nothing, of nodes that are not there any more. What cannot be deleted now is tried again with
-    /// the next call.
-    pub fn forget(&mut self, is_there: impl Fn(&str) -> bool) {
-        let says_nothing = |record: &Record| record.places.is_empty() && record.failures.is_empty();
-        let gone = self.known.iter().filter(|(node, record)| says_nothing(record) && !is_there(node));
-        for (node, version) in gone.map(|(node, r)| (node.clone(), r.version.clone())).collect::<Vec<_>>() {
-            let preconditions = Preconditions { resource_version: Some(version), uid: None };
-            let params = DeleteParams { preconditions: Some(preconditions), ..DeleteParams::default() };
-            let deleted = async {
-                match self.objects.delete(&node, &params).await {
-                    // Gone already, or changed: then its watch says how.
-                    Err(error) if !matches!(code(&error), 404 | 409) => {
-                        Err(ClusterError::request(&what(&node), &error))
-                    }
-                    _ => Ok(()),
+    /// Deletes a record that says nothing, of a node that is not there any more. Returns whether there may be another.
+    /// What cannot be deleted now is tried again with the next call.
+    pub fn forget(&mut self, is_there: impl Fn(&str) -> bool) -> bool {
+        let Some(node) = self.empty.iter().find(|node| !is_there(node)).cloned() else { return false };
+        let version = self.known.get(&node).map(|record| record.version.clone());
+        let preconditions = Preconditions { resource_version: version, uid: None };
+        let params = DeleteParams { preconditions: Some(preconditions), ..DeleteParams::default() };
+        let deleted = async {
+            match self.objects.delete(&node, &params).await {
+                // Gone already, or changed: then its watch says how.
+                Err(error) if !matches!(code(&error), 404 | 409) => {
+                    Err(ClusterError::request(&what(&node), &error))
                 }
-            };
-            match self.runtime.block_on(bounded(&what(&node), deleted)) {
-                Ok(()) => drop(self.known.remove(&node)),
-                Err(error) => {
-                    tracing::warn!(target: "enrollment", "its node is gone, and it cannot be deleted: {error}");
-                    return;
-                }
+                _ => Ok(()),
+            }
+        };
+        match self.runtime.block_on(bounded(&what(&node), deleted)) {
+            Ok(()) => {
+                self.remove(&node);
+                true
+            }
+            Err(error) => {
+                tracing::warn!(target: "enrollment", "its node is gone, and it cannot be deleted: {error}");
+                false
             }
         }
     }
@@ -193,9 +220,8 @@ fn object(node: &str, places: &Places, failures: &Failures, version: Option<Stri
         pod_uid: place.pod_uid.clone(),
         addresses: place.addresses.iter().copied().map(Ip).collect(),
     });
-    let failures = failures
-        .iter()
-        .map(|(uid, failure)| FailedPod { uid: uid.clone(), message: failure.message.clone() });
+    let failures =
+        failures.iter().map(|(uid, message)| FailedPod { uid: uid.clone(), message: message.clone() });
     let (enrolled, failures): (Vec<_>, Vec<_>) = (enrolled.collect(), failures.collect());
     let (enrolled_pods, failed_pods) = (enrolled.len(), failures.len());
     let status = NodeEnrollmentStatus { enrolled_pods, failed_pods, enrolled, failures };
@@ -225,8 +251,7 @@ pub fn read(object: &DynamicObject) -> Result<(String, Record), ClusterError> {
         let addresses = pod.addresses.into_iter().map(|address| address.0).collect();
         (pod.uid, Place { node: node.clone(), addresses, pod_uid: pod.pod_uid })
     });
-    let failures = status.failures.into_iter();
-    let failures = failures.map(|pod| (pod.uid, Failure { node: node.clone(), message: pod.message }));
+    let failures = status.failures.into_iter().map(|pod| (pod.uid, pod.message));
     let (places, failures) = (places.collect(), failures.collect());
     let version = object.metadata.resource_version.clone().unwrap_or_default();
     Ok((node, Record { version, places, failures }))

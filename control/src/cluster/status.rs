@@ -88,8 +88,8 @@ fn wanted(namespace: Option<&Namespace>, pod: &Pod, uid: &str, record: Option<&R
         return told.then(|| Wanted::no(NOT_IN_MESH, why));
     }
     // The agent's word counts more than what it said earlier: such a pod is not served.
-    if let Some(failure) = record.and_then(|record| record.failures.get(uid)) {
-        return Some(Wanted::no(FAILED, failure.message.clone()));
+    if let Some(message) = record.and_then(|record| record.failures.get(uid)) {
+        return Some(Wanted::no(FAILED, message.clone()));
     }
     let Some(place) = Place::of(pod) else {
         let lacks = if pod.spec.node_name.is_none() { "node" } else { "address" };

@@ -46,15 +46,86 @@ impl Place {
 /// Pods by workload uid.
 pub type Places = BTreeMap<String, Place>;
 
-/// Why a node's agent cannot enrol a pod.
+/// Why a node's agent cannot enrol pods, by workload uid.
+pub type Failures = BTreeMap<String, String>;
+
+/// What is known of pods, by node and then by workload uid, since that is how it is reported and written down.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Failure {
-    pub node: String,
-    pub message: String,
+pub struct ByNode<T>(BTreeMap<String, BTreeMap<String, T>>);
+
+/// Who is enrolled.
+pub type Enrolled = ByNode<Place>;
+
+impl<T> Default for ByNode<T> {
+    fn default() -> Self {
+        Self(BTreeMap::new())
+    }
 }
 
-/// By workload uid.
-pub type Failures = BTreeMap<String, Failure>;
+impl<T: Clone> ByNode<T> {
+    pub fn len(&self) -> usize {
+        self.0.values().map(BTreeMap::len).sum()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    pub fn get(&self, node: &str, uid: &str) -> Option<&T> {
+        self.0.get(node).and_then(|pods| pods.get(uid))
+    }
+
+    /// The pods of a node.
+    pub fn of(&self, node: &str) -> BTreeMap<String, T> {
+        self.0.get(node).cloned().unwrap_or_default()
+    }
+
+    /// With their nodes.
+    pub fn all(&self) -> impl Iterator<Item = (&String, &String, &T)> {
+        self.0.iter().flat_map(|(node, pods)| pods.iter().map(move |(uid, value)| (node, uid, value)))
+    }
+
+    fn insert(&mut self, node: &str, uid: String, value: T) {
+        match self.0.get_mut(node) {
+            Some(pods) => drop(pods.insert(uid, value)),
+            None => drop(self.0.insert(node.to_owned(), [(uid, value)].into())),
+        }
+    }
+
+    fn remove(&mut self, node: &str, uid: &str) -> Option<T> {
+        let pods = self.0.get_mut(node)?;
+        let removed = pods.remove(uid);
+        if pods.is_empty() {
+            self.0.remove(node);
+        }
+        removed
+    }
+
+    /// All pods of a node at once.
+    fn set(&mut self, node: &str, pods: BTreeMap<String, T>) {
+        match pods.is_empty() {
+            true => self.0.remove(node),
+            false => self.0.insert(node.to_owned(), pods),
+        };
+    }
+}
+
+impl Enrolled {
+    /// Whether the pod is enrolled, as the pod it is at that place.
+    pub fn holds(&self, uid: &str, place: &Place) -> bool {
+        self.get(&place.node, uid) == Some(place)
+    }
+}
+
+impl FromIterator<(String, Place)> for Enrolled {
+    fn from_iter<T: IntoIterator<Item = (String, Place)>>(pods: T) -> Self {
+        let mut enrolled = Self::default();
+        for (uid, place) in pods {
+            enrolled.insert(&place.node.clone(), uid, place);
+        }
+        enrolled
+    }
+}
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -81,32 +152,46 @@ enum Storage {
 #[derive(Debug)]
 pub struct Enrollment {
     storage: Storage,
-    /// In force.
-    enrolled: Places,
+    /// In force. Once objects have been read, only pods that are desired as they were enrolled.
+    enrolled: Enrolled,
     /// As written down. Differs from `enrolled` and `pending` only in removals.
-    written: Places,
+    written: Enrolled,
+    /// Nodes of which something else may have to be written down.
+    untidy: BTreeSet<String>,
     /// In a cluster, what another replica wrote down of pods that are not known here as it knows them, and since when:
     /// its watches may be ahead of ours.
     pending: BTreeMap<String, (Place, Instant)>,
+    /// Uids of pods that have come to be enrolled, or ceased to be, since somebody asked.
+    changed: BTreeSet<String>,
     /// As agents last reported them, to whatever replica.
-    failures: Failures,
+    failures: ByNode<String>,
     /// In a cluster they are written down, for other replicas and for people.
-    written_failures: Failures,
-    /// Those of `failures` that another replica wrote down of pods that are not known here as it knows them, since when.
-    pending_failures: BTreeMap<String, Instant>,
+    written_failures: ByNode<String>,
+    /// Those of `failures` that another replica wrote down of pods that are not known here to be wanted, since when.
+    pending_failures: ByNode<Instant>,
+    /// Nodes of which `failures` may say something else since somebody asked.
+    changed_failures: BTreeSet<String>,
 }
 
 impl Enrollment {
-    /// In a cluster. What earlier controllers left comes with [`Enrollment::heard`].
-    pub fn in_cluster(records: Records) -> Self {
-        Self::new(Storage::Cluster(Box::new(records)), Places::new())
+    fn new(storage: Storage, enrolled: Enrolled) -> Self {
+        Self {
+            storage,
+            written: enrolled.clone(),
+            enrolled,
+            untidy: BTreeSet::new(),
+            pending: BTreeMap::new(),
+            changed: BTreeSet::new(),
+            failures: ByNode::default(),
+            written_failures: ByNode::default(),
+            pending_failures: ByNode::default(),
+            changed_failures: BTreeSet::new(),
+        }
     }
 
-    fn new(storage: Storage, enrolled: Places) -> Self {
-        let (written, pending) = (enrolled.clone(), BTreeMap::new());
-        let (failures, written_failures) = (Failures::new(), Failures::new());
-        let pending_failures = BTreeMap::new();
-        Self { storage, enrolled, written, pending, failures, written_failures, pending_failures }
+    /// In a cluster. What earlier controllers left comes with [`Enrollment::heard`].
+    pub fn in_cluster(records: Records) -> Self {
+        Self::new(Storage::Cluster(Box::new(records)), Enrolled::default())
     }
 
     /// What an earlier run left. A file that cannot be understood is an error: to start without it would announce
@@ -127,14 +212,14 @@ impl Enrollment {
                 persisted.enrolled
             }
         };
-        Ok(Self::new(Storage::Directory(state), enrolled))
+        Ok(Self::new(Storage::Directory(state), enrolled.into_iter().collect()))
     }
 
-    pub fn enrolled(&self) -> &Places {
+    pub fn enrolled(&self) -> &Enrolled {
         &self.enrolled
     }
 
-    pub fn failures(&self) -> &Failures {
+    pub fn failures(&self) -> &ByNode<String> {
         &self.failures
     }
 
@@ -142,192 +227,266 @@ impl Enrollment {
         matches!(self.storage, Storage::Directory(_))
     }
 
+    /// Whether there is anything for [`Enrollment::take_changed`].
+    pub fn has_changed(&self) -> bool {
+        !self.changed.is_empty()
+    }
+
+    /// The pods whose enrolment has changed since the last call, by uid.
+    pub fn take_changed(&mut self) -> BTreeSet<String> {
+        std::mem::take(&mut self.changed)
+    }
+
+    /// The nodes of which other pods cannot be enrolled, or for other reasons, than at the last call.
+    pub fn take_changed_failures(&mut self) -> BTreeSet<String> {
+        std::mem::take(&mut self.changed_failures)
+    }
+
     /// Forgets every pod that `desired` does not list as it was enrolled. A write that fails is logged and made up for
     /// by the next one; forgetting again after a restart costs nothing.
     pub fn retain(&mut self, desired: &Places) {
-        let before = self.enrolled.len();
-        self.enrolled.retain(|uid, place| desired.get(uid) == Some(place));
+        let all = self.enrolled.all().map(|(_, uid, place)| (uid.clone(), place.clone()));
+        let former = all.filter(|(uid, place)| desired.get(uid) != Some(place)).collect();
+        self.leave(&former, desired);
+    }
+
+    /// As [`Enrollment::retain`], where all that has changed in `desired` is that pods are no longer what they are in
+    /// `former`, or are new.
+    pub fn leave(&mut self, former: &Places, desired: &Places) {
+        for (uid, place) in former.iter().filter(|(uid, place)| desired.get(*uid) != Some(*place)) {
+            if self.enrolled.holds(uid, place) {
+                self.enrolled.remove(&place.node, uid);
+                self.changed.insert(uid.clone());
+                self.untidy.insert(place.node.clone());
+            }
+        }
         self.promote(desired);
-        if self.enrolled.len() != before && self.in_directory() {
-            self.tidy(|_| true);
+        if self.in_directory() {
+            self.tidy_node();
         }
     }
 
-    /// Forgets why pods could not be enrolled that `is_wanted` does not say are to be, by node and uid. As with
-    /// [`Enrollment::retain`], that is written down later.
-    pub fn retain_failures(&mut self, is_wanted: impl Fn(&str, &str) -> bool) {
-        let pending = &mut self.pending_failures;
-        self.failures.retain(|uid, failure| {
-            if is_wanted(&failure.node, uid) {
-                pending.remove(uid);
-                return true;
+    /// Forgets why pods of `node` could not be enrolled that `is_wanted` does not say are to be, by node and uid. As with
+    /// [`Enrollment::retain`], that is written down later. To be asked whenever the answer for a pod there may be another.
+    pub fn retain_failures(&mut self, node: &str, is_wanted: impl Fn(&str, &str) -> bool) {
+        let Some(failures) = self.failures.0.get(node) else { return };
+        let uids: Vec<String> = failures.keys().cloned().collect();
+        for uid in uids {
+            if is_wanted(node, &uid) {
+                self.pending_failures.remove(node, &uid);
+            } else if self.pending_failures.get(node, &uid).is_none() {
+                self.forget_failure(node, &uid);
             }
-            pending.get(uid).is_some_and(|since| since.elapsed() < PATIENCE)
-        });
-        pending.retain(|uid, _| self.failures.contains_key(uid));
+        }
+    }
+
+    fn forget_failure(&mut self, node: &str, uid: &str) {
+        self.failures.remove(node, uid);
+        self.changed_failures.insert(node.to_owned());
+        if !self.in_directory() {
+            self.untidy.insert(node.to_owned());
+        }
     }
 
     /// Pods that another replica knew first count as soon as they are known here.
     fn promote(&mut self, desired: &Places) {
         let known = self.pending.extract_if(.., |uid, (place, _)| desired.get(uid) == Some(place));
-        self.enrolled.extend(known.map(|(uid, (place, _))| (uid, place)));
+        for (uid, (place, _)) in known {
+            self.changed.insert(uid.clone());
+            self.enrolled.insert(&place.node.clone(), uid, place);
+        }
     }
 
-    /// Writes down who was forgotten. In a cluster that is left for when there is nothing else to do, since pods that
-    /// end are many and an old entry of one counts for nothing. Returns whether another replica was found to have
-    /// written more; [`Enrollment::retain`] then says what counts. Nodes that are not there lose what is empty.
-    pub fn tidy(&mut self, is_there: impl Fn(&str) -> bool) -> bool {
-        self.pending.retain(|_, (_, since)| since.elapsed() < PATIENCE);
-        let wanted = self.wanted(&self.enrolled);
-        let mut nodes = differing(&self.written, &wanted, |place| &place.node);
-        nodes.append(&mut differing(&self.written_failures, &self.failures, |failure| &failure.node));
-        let before = self.pending.len();
-        for node in nodes {
-            if let Err(error) = self.write(&node, self.enrolled.clone(), self.failures.clone(), false) {
-                tracing::error!(target: "enrollment", "cannot write down who left the mesh: {error}");
-                return self.pending.len() != before;
+    /// Forgets what another replica knew and what has not come to be known here.
+    fn expire(&mut self) {
+        let late = self.pending.extract_if(.., |_, (_, since)| since.elapsed() >= PATIENCE);
+        self.untidy.extend(late.map(|(_, (place, _))| place.node));
+        let late = self.pending_failures.all().filter(|(_, _, since)| since.elapsed() >= PATIENCE);
+        let late: Vec<_> = late.map(|(node, uid, _)| (node.clone(), uid.clone())).collect();
+        for (node, uid) in late {
+            self.pending_failures.remove(&node, &uid);
+            self.forget_failure(&node, &uid);
+        }
+    }
+
+    /// Writes down who was forgotten, on one node in a cluster, since somebody may be waiting. There it is left for when
+    /// there is nothing else to do: pods that end are many, and an old entry of one counts for nothing. Nodes that are
+    /// not there lose what is empty. Returns whether there may be more to do.
+    pub fn tidy(
+        &mut self,
+        desired: &Places,
+        is_wanted: impl Fn(&str, &str) -> bool,
+        is_there: impl Fn(&str) -> bool,
+    ) -> bool {
+        self.expire();
+        match self.tidy_node() {
+            Tidied::Node(node) => {
+                self.promote(desired);
+                self.retain_failures(&node, is_wanted);
+                true
             }
+            Tidied::Nothing => match &mut self.storage {
+                Storage::Cluster(records) => records.forget(is_there),
+                Storage::Directory(_) => false,
+            },
+            Tidied::Failed => false,
         }
-        if let Storage::Cluster(records) = &mut self.storage {
-            records.forget(is_there);
-        }
-        self.pending.len() != before
     }
 
-    /// What is to be written down: what is in force, and what another replica may know better.
-    fn wanted(&self, enrolled: &Places) -> Places {
-        let pending = self.pending.iter().map(|(uid, (place, _))| (uid.clone(), place.clone()));
-        pending.chain(enrolled.clone()).collect()
+    fn tidy_node(&mut self) -> Tidied {
+        while let Some(node) = self.untidy.first().cloned() {
+            let (places, failures) = (self.enrolled.of(&node), self.failures.of(&node));
+            let failures_are_written = self.in_directory() || failures == self.written_failures.of(&node);
+            if failures_are_written && self.wanted(&node, &places) == self.written.of(&node) {
+                self.untidy.remove(&node);
+                continue;
+            }
+            if let Err(error) = self.write(&node, &places, failures, false) {
+                tracing::error!(target: "enrollment", "cannot write down who left the mesh: {error}");
+                return Tidied::Failed;
+            }
+            self.untidy.remove(&node);
+            return Tidied::Node(node);
+        }
+        Tidied::Nothing
+    }
+
+    /// What is to be written down of a node: what is in force, and what another replica may know better.
+    fn wanted(&self, node: &str, places: &Places) -> Places {
+        let pending = self.pending.iter().filter(|(_, (place, _))| place.node == node);
+        let pending = pending.map(|(uid, (place, _))| (uid.clone(), place.clone()));
+        pending.chain(places.clone()).collect()
     }
 
     /// Takes in what `node` reports: as enrolled, of which only pods that `desired` places on that node count, and a pod
-    /// left out stays enrolled; and all that it cannot enrol, with why. Returns whether more is enrolled; on an error
-    /// nothing has changed.
+    /// left out stays enrolled; and all that it cannot enrol, with why. On an error nothing has changed.
     pub fn report(
         &mut self,
         node: &str,
         uids: &BTreeSet<String>,
-        failed: BTreeMap<String, String>,
+        failed: Failures,
         desired: &Places,
-    ) -> Result<bool, EnrollmentError> {
-        let mut enrolled = self.enrolled.clone();
-        for uid in uids {
-            if let Some(place) = desired.get(uid).filter(|place| place.node == node) {
-                enrolled.insert(uid.clone(), place.clone());
-            }
+    ) -> Result<(), EnrollmentError> {
+        let places = uids.iter().filter_map(|uid| Some((uid, desired.get(uid)?)));
+        let new: Vec<(&String, &Place)> =
+            places.filter(|(uid, place)| place.node == node && !self.enrolled.holds(uid, place)).collect();
+        let failures = failed.into_iter().map(|(uid, mut message)| {
+            message.truncate(message.floor_char_boundary(FailedPod::MESSAGE_BYTES));
+            (uid, message)
+        });
+        let failures: Failures = failures.collect();
+        let fails_anew = failures != self.failures.of(node);
+        let mut places = self.enrolled.of(node);
+        places.extend(new.iter().map(|(uid, place)| ((*uid).clone(), (*place).clone())));
+        if !new.is_empty() || (fails_anew && !self.in_directory()) {
+            self.write(node, &places, failures.clone(), true)?;
         }
-        let mut failures = self.failures.clone();
-        failures.retain(|_, failure| failure.node != node);
-        failures.extend(failed.into_iter().map(|(uid, message)| {
-            let message = message[..message.floor_char_boundary(FailedPod::MESSAGE_BYTES)].to_owned();
-            (uid, Failure { node: node.to_owned(), message })
-        }));
-        let more = enrolled != self.enrolled;
-        if more || (failures != self.failures && !self.in_directory()) {
-            self.write(node, enrolled.clone(), failures.clone(), true)?;
+        if !new.is_empty() {
+            self.changed.extend(new.into_iter().map(|(uid, _)| uid.clone()));
+            self.enrolled.set(node, places);
         }
-        if self.in_directory() {
-            self.written_failures = failures.clone();
+        if fails_anew {
+            self.failures.set(node, failures);
+            self.changed_failures.insert(node.to_owned());
         }
-        (self.enrolled, self.failures) = (enrolled, failures);
+        self.pending_failures.set(node, BTreeMap::new());
         self.promote(desired);
-        Ok(more)
+        Ok(())
     }
 
     /// Takes in what is written down in the cluster: by an earlier controller if `desired` is None, since objects have
     /// not been read yet, else by another replica, and then only pods that are still what they were count. Nothing ends
-    /// by it: every replica sees for itself what labels and pods say. Returns whether anything changed.
-    pub fn heard(&mut self, heard: &Heard, desired: Option<&Places>) -> bool {
-        let Storage::Cluster(records) = &mut self.storage else { return false };
+    /// by it: every replica sees for itself what labels and pods say, of who is not enrolled once
+    /// [`Enrollment::retain_failures`] is asked about the node.
+    pub fn heard(&mut self, heard: &Heard, desired: Option<&Places>) {
+        let Storage::Cluster(records) = &mut self.storage else { return };
         if !records.heard(heard) {
-            return false;
+            return;
         }
-        self.written.retain(|_, place| place.node != heard.node);
-        let before = std::mem::take(&mut self.pending);
-        self.pending =
-            before.clone().into_iter().filter(|(_, (place, _))| place.node != heard.node).collect();
-        for uid in heard.record.iter().flat_map(|record| record.failures.keys()) {
-            if !self.failures.contains_key(uid) {
-                self.pending_failures.insert(uid.clone(), Instant::now());
-            }
-        }
-        for failures in [&mut self.failures, &mut self.written_failures] {
-            failures.retain(|_, failure| failure.node != heard.node);
-            failures.extend(heard.record.iter().flat_map(|record| record.failures.clone()));
-        }
-        let mut changed = false;
-        for (uid, place) in heard.record.iter().flat_map(|record| &record.places) {
-            self.written.insert(uid.clone(), place.clone());
-            if self.enrolled.get(uid) == Some(place) {
+        let Heard { node, record } = heard;
+        let record = record.clone().unwrap_or_default();
+        self.written.set(node, record.places.clone());
+        self.take_failures(node, record.failures);
+        self.untidy.insert(node.clone());
+        let before: BTreeMap<_, _> =
+            self.pending.extract_if(.., |_, (place, _)| place.node == *node).collect();
+        for (uid, place) in record.places {
+            if self.enrolled.holds(&uid, &place) {
                 continue;
             }
-            if desired.is_none_or(|desired| desired.get(uid) == Some(place)) {
-                self.enrolled.insert(uid.clone(), place.clone());
-                changed = true;
+            if desired.is_none_or(|desired| desired.get(&uid) == Some(&place)) {
+                self.changed.insert(uid.clone());
+                self.enrolled.insert(node, uid, place);
             } else {
-                let since = before.get(uid).filter(|(known, _)| known == place).map(|(_, since)| *since);
-                self.pending.insert(uid.clone(), (place.clone(), since.unwrap_or_else(Instant::now)));
+                let since = before.get(&uid).filter(|(known, _)| *known == place).map(|(_, since)| *since);
+                self.pending.insert(uid, (place, since.unwrap_or_else(Instant::now)));
             }
         }
-        changed
     }
 
-    /// Writes down who is enrolled: in a directory all of it, in a cluster what concerns `node`, and who cannot be. What
-    /// another replica turns out to have added there is then pending.
+    /// What is written down of who cannot be enrolled on a node: that counts from now on. Of what is new, it has to turn
+    /// out here that the pod is wanted.
+    fn take_failures(&mut self, node: &str, failures: Failures) {
+        let known = self.failures.of(node);
+        if failures != known {
+            self.changed_failures.insert(node.to_owned());
+        }
+        let before = self.pending_failures.of(node);
+        let pending = failures.keys().filter_map(|uid| {
+            let since = before.get(uid).copied();
+            let since = since.or_else(|| (!known.contains_key(uid)).then(Instant::now));
+            Some((uid.clone(), since?))
+        });
+        self.pending_failures.set(node, pending.collect());
+        self.written_failures.set(node, failures.clone());
+        self.failures.set(node, failures);
+    }
+
+    /// Writes down that `places` are enrolled on `node`: in a directory with all others, in a cluster alone, with who cannot
+    /// be. What another replica turns out to have added there is then pending.
     fn write(
         &mut self,
         node: &str,
-        enrolled: Places,
+        places: &Places,
         failures: Failures,
         reported: bool,
     ) -> Result<(), EnrollmentError> {
-        let wanted = self.wanted(&enrolled);
+        let wanted = self.wanted(node, places);
         match &mut self.storage {
             Storage::Directory(state) => {
-                let persisted = Persisted { version: VERSION, enrolled: wanted };
-                let text = serde_json::to_vec_pretty(&persisted)
+                let mut all = self.enrolled.clone();
+                all.set(node, wanted);
+                let enrolled = all.all().map(|(_, uid, place)| (uid.clone(), place.clone())).collect();
+                let text = serde_json::to_vec_pretty(&Persisted { version: VERSION, enrolled })
                     .map_err(|e| StateError::Invalid { path: state.path(FILE), why: e.to_string() })?;
                 state.write(FILE, &text, Access::Private)?;
-                (self.written, self.written_failures) = (persisted.enrolled, failures);
+                self.written = all;
             }
             Storage::Cluster(records) => {
-                let wanted: Places = wanted.into_iter().filter(|(_, place)| place.node == node).collect();
-                let failures = failures.into_iter().filter(|(_, failure)| failure.node == node).collect();
                 let (written, failures) = records.write(node, wanted.clone(), failures, reported)?;
-                self.written.retain(|_, place| place.node != node);
-                for (uid, place) in written {
-                    if !wanted.contains_key(&uid) {
-                        self.pending.insert(uid.clone(), (place.clone(), Instant::now()));
-                    }
-                    self.written.insert(uid, place);
+                for (uid, place) in written.iter().filter(|(uid, _)| !wanted.contains_key(*uid)) {
+                    self.pending.insert(uid.clone(), (place.clone(), Instant::now()));
                 }
-                for known in [&mut self.written_failures, &mut self.failures] {
-                    known.retain(|_, failure| failure.node != node);
-                    known.extend(failures.clone());
-                }
+                self.written.set(node, written);
+                self.take_failures(node, failures);
             }
         }
         Ok(())
     }
 }
 
-/// The nodes of what is in one of the maps and not the same in the other.
-fn differing<T: PartialEq>(
-    one: &BTreeMap<String, T>,
-    other: &BTreeMap<String, T>,
-    node: impl Fn(&T) -> &String,
-) -> BTreeSet<String> {
-    let missing = |one: &BTreeMap<String, T>, other: &BTreeMap<String, T>| -> BTreeSet<String> {
-        let values = one.iter().filter(|(uid, value)| other.get(*uid) != Some(value));
-        values.map(|(_, value)| node(value).clone()).collect()
-    };
-    missing(one, other).union(&missing(other, one)).cloned().collect()
+/// What came of an attempt to write down who was forgotten.
+enum Tidied {
+    /// There was nothing to write.
+    Nothing,
+    Node(String),
+    Failed,
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::state_dir::tests::temporary;
+    use crate::{cluster::enrollment::Record, state_dir::tests::temporary};
 
     fn place(node: &str, address: &str) -> Place {
         Place { node: node.to_owned(), addresses: vec![address.parse().unwrap()], pod_uid: None }
@@ -344,15 +503,22 @@ mod tests {
     }
 
     fn names(enrollment: &Enrollment) -> Vec<&str> {
-        enrollment.enrolled().keys().map(String::as_str).collect()
+        enrollment.enrolled().all().map(|(_, uid, _)| uid.as_str()).collect()
+    }
+
+    /// Whether a report changes anything.
+    fn report(enrollment: &mut Enrollment, node: &str, reported: &[&str]) -> Result<bool, EnrollmentError> {
+        enrollment.take_changed();
+        enrollment.report(node, &uids(reported), Failures::new(), &desired())?;
+        Ok(!enrollment.take_changed().is_empty())
     }
 
     #[test]
     fn is_remembered_over_a_restart() {
         let (_guard, state) = temporary();
         let mut enrollment = Enrollment::load(state.clone()).unwrap();
-        assert!(enrollment.report("n1", &uids(&["a"]), BTreeMap::new(), &desired()).unwrap());
-        assert!(!enrollment.report("n1", &uids(&["a"]), BTreeMap::new(), &desired()).unwrap());
+        assert!(report(&mut enrollment, "n1", &["a"]).unwrap());
+        assert!(!report(&mut enrollment, "n1", &["a"]).unwrap());
         let mut enrollment = Enrollment::load(state.clone()).unwrap();
         assert_eq!(names(&enrollment), ["a"]);
         // The pod goes; a restart must not bring it back.
@@ -365,8 +531,8 @@ mod tests {
     fn a_pod_left_out_of_a_report_stays() {
         let (_guard, state) = temporary();
         let mut enrollment = Enrollment::load(state).unwrap();
-        enrollment.report("n1", &uids(&["a"]), BTreeMap::new(), &desired()).unwrap();
-        enrollment.report("n1", &uids(&[]), BTreeMap::new(), &desired()).unwrap();
+        report(&mut enrollment, "n1", &["a"]).unwrap();
+        report(&mut enrollment, "n1", &[]).unwrap();
         assert_eq!(names(&enrollment), ["a"]);
     }
 
@@ -374,7 +540,7 @@ mod tests {
     fn a_node_speaks_for_its_own_pods_only() {
         let (_guard, state) = temporary();
         let mut enrollment = Enrollment::load(state).unwrap();
-        assert!(!enrollment.report("n1", &uids(&["b", "c"]), BTreeMap::new(), &desired()).unwrap());
+        assert!(!report(&mut enrollment, "n1", &["b", "c"]).unwrap());
         assert!(names(&enrollment).is_empty());
     }
 
@@ -388,7 +554,7 @@ mod tests {
         for change in changes {
             let (_guard, state) = temporary();
             let mut enrollment = Enrollment::load(state).unwrap();
-            enrollment.report("n1", &uids(&["a"]), BTreeMap::new(), &desired()).unwrap();
+            report(&mut enrollment, "n1", &["a"]).unwrap();
             let mut moved = desired();
             change(moved.get_mut("a").unwrap());
             enrollment.retain(&moved);
@@ -402,15 +568,62 @@ mod tests {
         let mut enrollment = Enrollment::load(state.clone()).unwrap();
         // A directory in the file's place makes the rename fail, also for root.
         std::fs::create_dir(state.path(FILE)).unwrap();
-        assert!(enrollment.report("n1", &uids(&["a"]), BTreeMap::new(), &desired()).is_err());
+        assert!(report(&mut enrollment, "n1", &["a"]).is_err());
         assert!(names(&enrollment).is_empty());
         std::fs::remove_dir(state.path(FILE)).unwrap();
-        assert!(enrollment.report("n1", &uids(&["a"]), BTreeMap::new(), &desired()).unwrap());
+        assert!(report(&mut enrollment, "n1", &["a"]).unwrap());
         // A removal counts even if it could not be written, and is written with the next change.
         std::fs::remove_file(state.path(FILE)).unwrap();
         std::fs::create_dir(state.path(FILE)).unwrap();
         enrollment.retain(&Places::new());
         assert!(names(&enrollment).is_empty());
+    }
+
+    fn heard(version: u32, node: &str, failures: &[(&str, &str)]) -> Heard {
+        let failures = failures.iter().map(|(uid, why)| ((*uid).to_owned(), (*why).to_owned())).collect();
+        let record = Record { version: version.to_string(), places: Places::new(), failures };
+        Heard { node: node.to_owned(), record: Some(record) }
+    }
+
+    fn failing(enrollment: &Enrollment) -> Vec<String> {
+        enrollment.failures().all().map(|(node, uid, why)| format!("{node}/{uid} {why}")).collect()
+    }
+
+    #[tokio::test]
+    async fn failures_that_another_replica_knew_first_wait_for_their_pods() {
+        // Nothing is written in this test, so nobody has to answer.
+        let client =
+            kube::Client::try_from(kube::Config::new("http://127.0.0.1:1".parse().unwrap())).unwrap();
+        let mut enrollment = Enrollment::in_cluster(Records::new(client));
+        let is_a = |_: &str, uid: &str| uid == "a";
+        let changed = |enrollment: &mut Enrollment| enrollment.take_changed_failures().len();
+        enrollment.heard(&heard(1, "n1", &[("a", "why"), ("b", "why")]), None);
+        enrollment.heard(&heard(2, "n2", &[("c", "why")]), None);
+        assert_eq!(
+            (failing(&enrollment), changed(&mut enrollment)),
+            (vec!["n1/a why".to_owned(), "n1/b why".into(), "n2/c why".into()], 2)
+        );
+        // Pods that are not known here may come; one that was there and is not wanted any more does not.
+        enrollment.retain_failures("n1", is_a);
+        enrollment.retain_failures("n1", |_, _| false);
+        assert_eq!(
+            (failing(&enrollment), changed(&mut enrollment)),
+            (vec!["n1/b why".to_owned(), "n2/c why".into()], 1)
+        );
+        // Those of a node are as last written down, and wait no longer for being written again.
+        let since = enrollment.pending_failures.get("n1", "b").copied().unwrap();
+        enrollment.heard(&heard(3, "n1", &[("b", "because")]), Some(&desired()));
+        assert_eq!(enrollment.pending_failures.get("n1", "b"), Some(&since));
+        enrollment.heard(&heard(4, "n2", &[]), Some(&desired()));
+        assert_eq!((failing(&enrollment), changed(&mut enrollment)), (vec!["n1/b because".to_owned()], 2));
+        // An echo says nothing, and who waited in vain is forgotten.
+        enrollment.heard(&heard(1, "n1", &[]), Some(&desired()));
+        let late = Instant::now().checked_sub(PATIENCE).unwrap();
+        enrollment.pending_failures.insert("n1", "b".to_owned(), late);
+        enrollment.untidy.clear();
+        enrollment.expire();
+        assert_eq!((failing(&enrollment), changed(&mut enrollment)), (vec![], 1));
+        assert!(enrollment.untidy.contains("n1") && enrollment.pending_failures.is_empty());
     }
 
     #[test]

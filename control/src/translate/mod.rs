@@ -1,9 +1,11 @@
 //! Objects to what agents are sent. A pure function of the store, of who is enrolled, and of the mesh's settings: no
 //! I/O, no clock, and the same result on every replica.
 //!
-//! It goes over the whole store at every change, which is O(objects). `snapshot` keeps that from encoding, hashing or
-//! sending anything that did not change.
+//! What one pod, one Service or one EndpointSlice means is in [`workloads`] and [`services`]. Which of them have to be
+//! asked again after a change is known in [`incremental`], so that a change costs as much as it touches, however large
+//! the cluster is.
 
+pub mod incremental;
 mod networks;
 mod services;
 mod workloads;
@@ -11,23 +13,21 @@ mod workloads;
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
+    sync::Arc,
 };
 
 use ipnet::IpNet;
 use weft_api::{Pod, mesh_choice};
 use weft_core::{SpiffeId, TrustDomain};
-use weft_proto::{
-    node::{LocalWorkload, MeshConfig},
-    workload::{Address, address},
-};
+use weft_proto::node::MeshConfig;
 
 use crate::{
-    enrollment::{Place, Places},
+    enrollment::Place,
     store::{Name, Store},
 };
 
 /// Settings that are the same for the whole mesh.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct MeshSettings {
     pub trust_domain: TrustDomain,
     pub cluster_id: String,
@@ -51,9 +51,12 @@ impl MeshSettings {
 
     /// Namespace and name of the pod with that uid.
     pub fn pod_of(&self, uid: &str) -> Option<Name> {
-        let (namespace, name) =
-            uid.strip_prefix(&self.cluster_id)?.strip_prefix("//Pod/")?.split_once('/')?;
-        Some((namespace.to_owned(), name.to_owned()))
+        let name = uid.strip_prefix(&self.cluster_id)?.strip_prefix("//Pod/")?;
+        name.split_once('/').map(|(namespace, name)| (namespace.to_owned(), name.to_owned()))
+    }
+
+    fn endpoint_uid(&self, (namespace, slice): &Name, address: IpAddr) -> String {
+        format!("{}/discovery.k8s.io/EndpointSlice/{namespace}/{slice}/{address}", self.cluster_id)
     }
 
     fn hostname(&self, namespace: &str, service: &str) -> String {
@@ -65,31 +68,19 @@ impl MeshSettings {
     }
 }
 
-/// What agents are sent, by resource name, and what a person should know.
-#[derive(Debug, Default, PartialEq)]
-pub struct Translation {
-    pub addresses: BTreeMap<String, Address>,
-    /// By node.
-    pub local: BTreeMap<String, BTreeMap<String, LocalWorkload>>,
-    pub mesh: MeshConfig,
-    /// By what they are about.
-    pub problems: BTreeMap<String, String>,
-}
-
-impl Translation {
-    /// Which kind of address would not be captured at all, with the setting that mends it.
-    pub fn uncaptured(&self) -> Option<&'static str> {
-        if self.mesh.pod_networks.is_empty() {
-            return Some("pod networks (--pod-networks, or spec.podCIDR of Nodes)");
-        }
-        let none = self.mesh.service_networks.is_empty();
-        none.then_some("service networks (--service-networks, or ServiceCIDR objects)")
+/// Which kind of address would not be captured at all, with the setting that mends it.
+pub fn uncaptured(mesh: &MeshConfig) -> Option<&'static str> {
+    if mesh.pod_networks.is_empty() {
+        return Some("pod networks (--pod-networks, or spec.podCIDR of Nodes)");
     }
+    let none = mesh.service_networks.is_empty();
+    none.then_some("service networks (--service-networks, or ServiceCIDR objects)")
 }
 
-/// Which identities may be asked for on which node, and whether a pod that labels want in the mesh has it.
-#[derive(Debug, Default, PartialEq)]
-pub struct Identities(BTreeMap<String, BTreeMap<SpiffeId, bool>>);
+/// Which identities may be asked for on which node, and whether a pod that labels want in the mesh has it. Copies share
+/// what they have in common.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Identities(imbl::OrdMap<String, Arc<BTreeMap<SpiffeId, bool>>>);
 
 /// What a node's claim to an identity is worth.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -110,35 +101,45 @@ impl Identities {
             None => Claim::NotOnNode,
         }
     }
+
+    /// Reads a node's pods again. A pod counts before it has an address, so that its certificate can be there when it
+    /// starts.
+    fn update(&mut self, store: &Store, settings: &MeshSettings, node: &str) {
+        let mut identities: BTreeMap<SpiffeId, bool> = BTreeMap::new();
+        for (name, pod) in live_pods_on(store, node) {
+            if let Ok(id) = SpiffeId::new(settings.trust_domain.clone(), &name.0, pod.service_account()) {
+                *identities.entry(id).or_default() |= wanted(store, name, pod);
+            }
+        }
+        match identities.is_empty() {
+            true => self.0.remove(node),
+            false => self.0.insert(node.to_owned(), Arc::new(identities)),
+        };
+    }
 }
 
-/// Pods that can have a place in the mesh, by uid: those that live.
-fn live_pods<'a>(
-    store: &'a Store,
-    settings: &'a MeshSettings,
-) -> impl Iterator<Item = (String, &'a str, &'a Pod)> {
-    let live = store.pods.iter().filter(|(_, pod)| !pod.is_gone());
-    live.map(|((namespace, name), pod)| (settings.pod_uid(namespace, name), namespace.as_str(), &**pod))
+/// The pods of a node that can have a place in the mesh: those that live.
+fn live_pods_on<'a>(store: &'a Store, node: &str) -> impl Iterator<Item = (&'a Name, &'a Pod)> {
+    let names: Vec<&Name> = store.indexes.pods_by_node.get(&node.to_owned()).collect();
+    let pods = names.into_iter().filter_map(|name| store.pods.get(name).map(|pod| (name, &**pod)));
+    pods.filter(|(_, pod)| !pod.is_gone())
 }
 
-fn wanted(store: &Store, namespace: &str, pod: &Pod) -> bool {
+fn wanted(store: &Store, (namespace, _): &Name, pod: &Pod) -> bool {
     mesh_choice(store.namespaces.get(namespace).map(|n| &**n), pod).wanted
 }
 
-/// The pods that labels want in the mesh and that have a node and an address.
-pub fn desired(store: &Store, settings: &MeshSettings) -> Places {
-    live_pods(store, settings)
-        .filter(|(_, namespace, pod)| wanted(store, namespace, pod))
-        .filter_map(|(uid, _, pod)| Some((uid, Place::of(pod)?)))
-        .collect()
+/// Where a pod is that labels want in the mesh and that has a node and an address. None for every other.
+fn place(store: &Store, name: &Name) -> Option<Place> {
+    let pod = store.pods.get(name).filter(|pod| !pod.is_gone() && wanted(store, name, pod))?;
+    Place::of(pod)
 }
 
 /// The pods of `node` that labels want in the mesh and that have no address yet.
 pub fn waiting(store: &Store, settings: &MeshSettings, node: &str) -> BTreeSet<String> {
-    live_pods(store, settings)
-        .filter(|(_, _, pod)| pod.spec.node_name.as_deref() == Some(node) && pod.addresses().is_empty())
-        .filter(|(_, namespace, pod)| wanted(store, namespace, pod))
-        .map(|(uid, _, _)| uid)
+    live_pods_on(store, node)
+        .filter(|(name, pod)| pod.addresses().is_empty() && wanted(store, name, pod))
+        .map(|((namespace, name), _)| settings.pod_uid(namespace, name))
         .collect()
 }
 
@@ -146,51 +147,7 @@ pub fn waiting(store: &Store, settings: &MeshSettings, node: &str) -> BTreeSet<S
 pub fn is_wanted(store: &Store, settings: &MeshSettings, node: &str, uid: &str) -> bool {
     let Some(name) = settings.pod_of(uid) else { return false };
     let Some(pod) = store.pods.get(&name).filter(|pod| !pod.is_gone()) else { return false };
-    pod.spec.node_name.as_deref() == Some(node) && wanted(store, &name.0, pod)
-}
-
-/// What the certificate authority may issue. A pod counts before it has an address, so that its certificate can be
-/// there when it starts.
-pub fn identities(store: &Store, settings: &MeshSettings) -> Identities {
-    let mut identities = Identities::default();
-    for (_, namespace, pod) in live_pods(store, settings) {
-        let Some(node) = &pod.spec.node_name else { continue };
-        let Ok(id) = SpiffeId::new(settings.trust_domain.clone(), namespace, pod.service_account()) else {
-            continue;
-        };
-        *identities.0.entry(node.clone()).or_default().entry(id).or_default() |=
-            wanted(store, namespace, pod);
-    }
-    identities
-}
-
-/// Everything. `enrolled` is who has been reported as enrolled; a pod is announced as reachable by tunnel if it is
-/// among them as the pod it is now, and labels still want it there.
-pub fn translate(store: &Store, enrolled: &Places, settings: &MeshSettings) -> Translation {
-    let settings = &networks::effective(store, settings);
-    let mut problems = BTreeMap::new();
-    let backends = services::backends(store, settings, &mut problems);
-    let desired = desired(store, settings);
-    let published: BTreeSet<&str> = desired
-        .iter()
-        .filter(|(uid, place)| enrolled.get(*uid) == Some(place))
-        .map(|(uid, _)| uid.as_str())
-        .collect();
-
-    let pods = workloads::pods(store, settings, &backends, &published, &mut problems);
-    let others = workloads::outside_pods(&backends, settings);
-    let workloads = pods.into_iter().chain(others);
-    let workloads = workloads.map(|w| (w.uid.clone(), Address { r#type: Some(address::Type::Workload(w)) }));
-    let services = services::services(store, settings, &mut problems);
-    let services =
-        services.into_iter().map(|(k, s)| (k, Address { r#type: Some(address::Type::Service(s)) }));
-
-    Translation {
-        addresses: workloads.chain(services).collect(),
-        local: workloads::local(store, settings, &mut problems),
-        mesh: mesh_config(settings),
-        problems,
-    }
+    pod.spec.node_name.as_deref() == Some(node) && wanted(store, &name, pod)
 }
 
 fn mesh_config(settings: &MeshSettings) -> MeshConfig {

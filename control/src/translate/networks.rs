@@ -23,14 +23,11 @@ pub(super) fn effective(store: &Store, settings: &MeshSettings) -> MeshSettings 
 /// A kubelet says itself what its node's addresses are. One that names a pod's or a Service's must not be able to make
 /// the mesh send there in the clear, so those are left out.
 fn node_addresses(store: &Store) -> Vec<IpNet> {
-    let addresses: BTreeSet<IpAddr> = store.nodes.values().flat_map(|node| node.addresses()).collect();
-    if addresses.is_empty() {
-        return Vec::new();
-    }
-    let pods = store.pods.values().filter(|pod| !pod.is_gone() && !pod.spec.host_network);
-    let mut taken: BTreeSet<IpAddr> = pods.flat_map(|pod| pod.addresses()).collect();
-    taken.extend(store.services.values().flat_map(|service| service.addresses()));
-    addresses.difference(&taken).map(|address| IpNet::from(*address)).collect()
+    let indexes = &store.indexes;
+    let taken =
+        |ip: &IpAddr| indexes.pods_by_address.contains(ip) || indexes.services_by_address.contains(ip);
+    let addresses: BTreeSet<&IpAddr> = indexes.nodes_by_address.keys().collect();
+    addresses.into_iter().filter(|address| !taken(address)).map(|address| IpNet::from(*address)).collect()
 }
 
 /// What is configured stays as it was written; what is added is merged into as few ranges as possible.

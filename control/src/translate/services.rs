@@ -1,31 +1,56 @@
-//! Services, and what EndpointSlices put behind them.
+//! Services, and what EndpointSlices put behind them. One Service, and one slice, at a time; what several slices say of
+//! the same pod is put together in `incremental`.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
-};
+use std::{collections::BTreeMap, net::IpAddr};
 
 use weft_api::{
     EndpointSlice, Service,
-    discovery::AddressType,
+    discovery::Endpoint,
     field::{IntOrString, Protocol},
     service::ServiceType,
 };
 use weft_proto::workload::{self as wire, LoadBalancing, NetworkAddress, load_balancing};
 
 use super::{MeshSettings, contains, octets};
-use crate::store::{Name, Store};
+use crate::store::{Name, Store, endpoints, referred_pod};
 
-/// What is behind Services.
-#[derive(Debug, Default)]
-pub(super) struct Backends {
-    /// By the pod's namespace and name.
-    pub pods: BTreeMap<Name, Membership>,
-    /// Endpoints with no pod of their own, by uid.
-    pub others: BTreeMap<String, OtherEndpoint>,
+/// What one EndpointSlice puts behind its Service.
+#[derive(Debug, Default, PartialEq)]
+pub(super) struct Slice {
+    /// The Service, if there is one.
+    pub service: Option<Served>,
+    /// Endpoints that are pods.
+    pub pods: BTreeMap<Name, EndpointState>,
+    /// Endpoints with no pod of their own.
+    pub others: BTreeMap<IpAddr, OtherEndpoint>,
 }
 
-/// The services something is an endpoint of.
+/// What all endpoints of a slice serve.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Served {
+    /// The Service's key.
+    pub service: String,
+    /// Service port to target port.
+    pub ports: BTreeMap<u16, u16>,
+}
+
+/// What a slice says of one endpoint.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(super) struct EndpointState {
+    /// Not to be sent anything now.
+    pub unready: bool,
+}
+
+/// An endpoint that is no pod (a machine outside the cluster), or a pod on its node's network.
+#[derive(Debug, PartialEq)]
+pub(super) struct OtherEndpoint {
+    pub node: String,
+    /// A pod that has only its node's address.
+    pub host_network: bool,
+    pub state: EndpointState,
+}
+
+/// The services something is an endpoint of, as all slices together say it.
 #[derive(Debug, Default)]
 pub(super) struct Membership {
     /// By service key, service port to target port.
@@ -34,21 +59,18 @@ pub(super) struct Membership {
     pub unready: bool,
 }
 
-/// An endpoint that is no pod (a machine outside the cluster), or a pod on its node's network.
-#[derive(Debug)]
-pub(super) struct OtherEndpoint {
-    pub name: String,
-    pub namespace: String,
-    pub address: IpAddr,
-    pub node: String,
-    /// Its address is not its own, so that no workload is to be found by it.
-    pub shared_address: bool,
-    pub membership: Membership,
+impl Membership {
+    /// What another slice says. Slices come in the order of their names: the last one wins a port.
+    pub fn add(&mut self, served: Option<&Served>, state: EndpointState) {
+        let Some(Served { service, ports }) = served else { return };
+        self.services.entry(service.clone()).or_default().extend(ports);
+        self.unready |= state.unready;
+    }
 }
 
 /// What the target of an endpoint turned out to be.
-enum Target<'a> {
-    Pod(&'a Name),
+enum Target {
+    Pod(Name),
     /// No pod, or one that has only its node's address.
     Other {
         host_network: bool,
@@ -57,96 +79,65 @@ enum Target<'a> {
     Stale,
 }
 
-pub(super) fn backends(
-    store: &Store,
-    settings: &MeshSettings,
-    problems: &mut BTreeMap<String, String>,
-) -> Backends {
-    let by_address = pods_by_address(store, problems);
-    let mut backends = Backends::default();
-    let mut claimed = BTreeSet::new();
-    for ((namespace, name), slice) in &store.slices {
-        if slice.address_type == AddressType::Fqdn {
-            continue;
-        }
-        let service_name = slice.service_name().unwrap_or_default();
-        let service = store.services.get(&(namespace.clone(), service_name.to_owned()));
-        let ports = service.map(|service| target_ports(service, slice)).unwrap_or_default();
-        let lenient = service.is_some_and(|service| service.spec.publish_not_ready_addresses);
-        for endpoint in &slice.endpoints {
-            let Some(address) = endpoint.address() else { continue };
-            let membership = match target(store, &by_address, namespace, endpoint, address) {
-                Target::Stale => continue,
-                Target::Pod(name) => backends.pods.entry(name.clone()).or_default(),
-                Target::Other { host_network } => {
-                    let uid = format!(
-                        "{}/discovery.k8s.io/EndpointSlice/{namespace}/{name}/{address}",
-                        settings.cluster_id
-                    );
-                    let other = backends.others.entry(uid).or_insert_with(|| OtherEndpoint {
-                        name: name.clone(),
-                        namespace: namespace.clone(),
-                        address,
-                        node: endpoint.node_name.clone().unwrap_or_default(),
-                        // The first slice to name an address has it; others would look like a dispute over it.
-                        shared_address: host_network || !claimed.insert(address),
-                        membership: Membership::default(),
-                    });
-                    &mut other.membership
-                }
-            };
-            if service.is_some() {
-                let key = settings.service_key(namespace, service_name);
-                membership.services.entry(key).or_default().extend(&ports);
-                membership.unready |= !endpoint.is_ready() && !lenient;
+/// The slice of that name. None if there is none, or none with addresses.
+pub(super) fn slice(store: &Store, settings: &MeshSettings, name: &Name) -> Option<Slice> {
+    let slice = store.slices.get(name)?;
+    let namespace = name.0.as_str();
+    let service_name = slice.service_name().unwrap_or_default();
+    let service = store.services.get(&(namespace.to_owned(), service_name.to_owned()));
+    let mut translated = Slice {
+        service: service.map(|service| Served {
+            service: settings.service_key(namespace, service_name),
+            ports: target_ports(service, slice),
+        }),
+        ..Slice::default()
+    };
+    for endpoint in endpoints(slice) {
+        let Some(address) = endpoint.address() else { continue };
+        let said = endpoint_state(service.map(|service| &**service), endpoint);
+        let state = match target(store, namespace, endpoint, address) {
+            Target::Stale => continue,
+            Target::Pod(pod) => translated.pods.entry(pod).or_default(),
+            Target::Other { host_network } => {
+                let node = endpoint.node_name.clone().unwrap_or_default();
+                let other = OtherEndpoint { node, host_network, state: EndpointState::default() };
+                &mut translated.others.entry(address).or_insert(other).state
             }
-        }
+        };
+        // A slice may name a pod twice, by two addresses.
+        state.unready |= said.unready;
     }
-    backends
+    Some(translated)
 }
 
-/// Live pods by the addresses that are theirs alone. An address that two claim is nobody's here, and reported.
-fn pods_by_address<'a>(
-    store: &'a Store,
-    problems: &mut BTreeMap<String, String>,
-) -> BTreeMap<IpAddr, Vec<&'a Name>> {
-    let mut by_address: BTreeMap<IpAddr, Vec<&Name>> = BTreeMap::new();
-    for (name, pod) in store.pods.iter().filter(|(_, pod)| !pod.is_gone() && !pod.spec.host_network) {
-        for address in pod.addresses() {
-            by_address.entry(address).or_default().push(name);
-        }
-    }
-    for (address, names) in by_address.iter().filter(|(_, names)| names.len() > 1) {
-        let names: Vec<String> =
-            names.iter().map(|(namespace, name)| format!("{namespace}/{name}")).collect();
-        let problem =
-            format!("pods {} all claim it, so it is the identity of none of them", names.join(", "));
-        problems.insert(format!("address {address}"), problem);
-    }
-    by_address
+fn endpoint_state(service: Option<&Service>, endpoint: &Endpoint) -> EndpointState {
+    let lenient = service.is_some_and(|service| service.spec.publish_not_ready_addresses);
+    EndpointState { unready: !endpoint.is_ready() && !lenient }
 }
 
-fn target<'a>(
-    store: &'a Store,
-    by_address: &BTreeMap<IpAddr, Vec<&'a Name>>,
-    namespace: &str,
-    endpoint: &weft_api::discovery::Endpoint,
-    address: IpAddr,
-) -> Target<'a> {
-    if let Some(reference) = endpoint.target_ref.as_ref().filter(|reference| reference.kind == "Pod") {
-        let name = (reference.namespace.as_deref().unwrap_or(namespace).to_owned(), reference.name.clone());
-        return match store.pods.get_key_value(&name) {
-            Some((_, pod)) if pod.is_gone() => Target::Stale,
-            Some((_, pod)) if pod.spec.host_network => Target::Other { host_network: true },
-            Some((name, pod)) if pod.addresses().contains(&address) => Target::Pod(name),
+/// What is wrong with an address: that two live pods claim it. It is nobody's then.
+pub(super) fn address_problem(store: &Store, address: IpAddr) -> Option<String> {
+    let pods = store.indexes.pods_by_address.get(&address);
+    let names: Vec<String> = pods.map(|(namespace, name)| format!("{namespace}/{name}")).collect();
+    (names.len() > 1)
+        .then(|| format!("pods {} all claim it, so it is the identity of none of them", names.join(", ")))
+}
+
+fn target(store: &Store, namespace: &str, endpoint: &Endpoint, address: IpAddr) -> Target {
+    if let Some(name) = referred_pod(namespace, endpoint) {
+        return match store.pods.get(&name) {
+            Some(pod) if pod.is_gone() => Target::Stale,
+            Some(pod) if pod.spec.host_network => Target::Other { host_network: true },
+            Some(pod) if pod.addresses().contains(&address) => Target::Pod(name),
             // Unknown or elsewhere: nothing is said about the address, so agents hold back instead of trusting it.
             _ => Target::Stale,
         };
     }
-    match by_address.get(&address).map(Vec::as_slice) {
-        Some([name]) => Target::Pod(name),
-        Some(_) => Target::Stale,
-        None => Target::Other { host_network: false },
+    let mut pods = store.indexes.pods_by_address.get(&address);
+    match (pods.next(), pods.next()) {
+        (Some(name), None) => Target::Pod(name.clone()),
+        (Some(_), Some(_)) => Target::Stale,
+        (None, _) => Target::Other { host_network: false },
     }
 }
 
@@ -167,53 +158,53 @@ fn target_ports(service: &Service, slice: &EndpointSlice) -> BTreeMap<u16, u16> 
     ports
 }
 
-/// Services by resource name.
-pub(super) fn services(
+/// The Service of that name, and what a person should know of it. None where nothing is to be known of it by agents.
+pub(super) fn service(
     store: &Store,
     settings: &MeshSettings,
-    problems: &mut BTreeMap<String, String>,
-) -> BTreeMap<String, wire::Service> {
-    let mut services = BTreeMap::new();
-    for ((namespace, name), service) in &store.services {
-        if service.spec.service_type == Some(ServiceType::ExternalName) {
-            continue;
-        }
-        let ranges = [settings.service_networks.as_slice(), &settings.external_networks].concat();
-        let cluster_ips = std::iter::once(&service.spec.cluster_ip).chain(&service.spec.cluster_ips);
-        if let Some(address) = cluster_ips.filter_map(|ip| ip.0).find(|ip| !contains(&ranges, *ip)) {
-            problems.insert(
-                format!("Service {namespace}/{name}"),
-                format!("cluster IP {address} is outside the service networks, so connections to it are not captured"),
-            );
-        }
-        let addresses = service
-            .addresses()
-            .into_iter()
-            .map(|address| NetworkAddress { address: octets(address).into(), ..NetworkAddress::default() });
-        let ports = service.tcp_ports().map(|port| wire::Port {
-            service_port: port.port.get().into(),
-            target_port: match &port.target_port {
-                None => port.port.get().into(),
-                Some(IntOrString::Int(number)) => (*number).into(),
-                // A name, which every endpoint may give another port.
-                Some(IntOrString::String(_)) => 0,
-            },
-            ..wire::Port::default()
-        });
-        let load_balancing = service.spec.publish_not_ready_addresses.then(|| LoadBalancing {
-            health_policy: load_balancing::HealthPolicy::AllowAll.into(),
-            ..LoadBalancing::default()
-        });
-        let wire = wire::Service {
-            name: name.clone(),
-            namespace: namespace.clone(),
-            hostname: settings.hostname(namespace, name),
-            addresses: addresses.collect(),
-            ports: ports.collect(),
-            load_balancing,
-            ..wire::Service::default()
-        };
-        services.insert(settings.service_key(namespace, name), wire);
+    name: &Name,
+) -> Option<(wire::Service, Option<String>)> {
+    let service = store.services.get(name)?;
+    if service.spec.service_type == Some(ServiceType::ExternalName) {
+        return None;
     }
-    services
+    let (namespace, name) = name;
+    let addresses = service
+        .addresses()
+        .into_iter()
+        .map(|address| NetworkAddress { address: octets(address).into(), ..NetworkAddress::default() });
+    let ports = service.tcp_ports().map(|port| wire::Port {
+        service_port: port.port.get().into(),
+        target_port: match &port.target_port {
+            None => port.port.get().into(),
+            Some(IntOrString::Int(number)) => (*number).into(),
+            // A name, which every endpoint may give another port.
+            Some(IntOrString::String(_)) => 0,
+        },
+        ..wire::Port::default()
+    });
+    let load_balancing = service.spec.publish_not_ready_addresses.then(|| LoadBalancing {
+        health_policy: load_balancing::HealthPolicy::AllowAll.into(),
+        ..LoadBalancing::default()
+    });
+    let wire = wire::Service {
+        name: name.clone(),
+        namespace: namespace.clone(),
+        hostname: settings.hostname(namespace, name),
+        addresses: addresses.collect(),
+        ports: ports.collect(),
+        load_balancing,
+        ..wire::Service::default()
+    };
+    Some((wire, service_problem(settings, service)))
+}
+
+fn service_problem(settings: &MeshSettings, service: &Service) -> Option<String> {
+    let captured = |ip| contains(&settings.service_networks, ip) || contains(&settings.external_networks, ip);
+    let mut cluster_ips =
+        std::iter::once(&service.spec.cluster_ip).chain(&service.spec.cluster_ips).filter_map(|ip| ip.0);
+    let address = cluster_ips.find(|ip| !captured(*ip))?;
+    Some(format!(
+        "cluster IP {address} is outside the service networks, so connections to it are not captured"
+    ))
 }

@@ -1,13 +1,71 @@
 //! Tables: objects in, what agents are sent out.
 
 use weft_api::Object;
-use weft_proto::workload::{NetworkMode, TunnelProtocol, Workload, WorkloadStatus, WorkloadType};
-
-use super::*;
-use crate::source::{
-    Delta,
-    manifest::{Format, parse},
+use weft_proto::{
+    node::LocalWorkload,
+    workload::{Address, NetworkMode, TunnelProtocol, Workload, WorkloadStatus, WorkloadType, address},
 };
+
+use super::{
+    incremental::{Changes, Translator},
+    *,
+};
+use crate::{
+    enrollment::Enrolled,
+    source::{
+        Delta,
+        manifest::{Format, parse},
+    },
+};
+
+/// All that agents are sent, by resource name, and what a person should know.
+#[derive(Debug, Default, PartialEq)]
+pub(crate) struct Translation {
+    pub addresses: BTreeMap<String, Address>,
+    /// By node.
+    pub local: BTreeMap<String, BTreeMap<String, LocalWorkload>>,
+    pub mesh: MeshConfig,
+    pub problems: BTreeMap<String, String>,
+}
+
+impl Translation {
+    /// What comes of earlier changes and these.
+    pub(crate) fn apply(&mut self, changes: Changes) {
+        let Changes { addresses, local, mesh, problems } = changes;
+        apply(&mut self.addresses, addresses);
+        for (node, changes) in local {
+            apply(self.local.entry(node).or_default(), changes);
+        }
+        self.local.retain(|_, local| !local.is_empty());
+        self.mesh = mesh.unwrap_or_else(|| std::mem::take(&mut self.mesh));
+        apply(&mut self.problems, problems);
+    }
+}
+
+fn apply<T>(all: &mut BTreeMap<String, T>, changes: BTreeMap<String, Option<T>>) {
+    for (name, change) in changes {
+        match change {
+            Some(new) => drop(all.insert(name, new)),
+            None => drop(all.remove(&name)),
+        }
+    }
+}
+
+/// All of it, by a translator that has seen nothing before.
+pub(crate) fn anew(mut store: Store, enrolled: &Enrolled, settings: &MeshSettings) -> (Changes, Translator) {
+    let touched = store.take_touched();
+    let mut translator = Translator::new(settings.clone());
+    translator.place(&store, &touched);
+    let changes = translator.translate(&store, &touched, enrolled, &BTreeSet::new());
+    (changes, translator)
+}
+
+fn translate(store: Store, enrolled: &Enrolled, settings: &MeshSettings) -> (Translation, Translator) {
+    let (changes, translator) = anew(store, enrolled, settings);
+    let mut translation = Translation::default();
+    translation.apply(changes);
+    (translation, translator)
+}
 
 pub(crate) fn settings() -> MeshSettings {
     MeshSettings {
@@ -33,7 +91,7 @@ fn store(text: &str) -> Store {
 }
 
 fn translated(text: &str) -> Translation {
-    translate(&store(text), &Places::new(), &settings())
+    translate(store(text), &Enrolled::default(), &settings()).0
 }
 
 impl Translation {
@@ -155,7 +213,11 @@ fn only_pods_that_live_somewhere_are_workloads() {
         let translation = translated(&text);
         assert_eq!(translation.addresses.len(), usize::from(there), "{status}");
         assert_eq!(translation.local.len(), usize::from(there), "{status}");
-        assert_eq!(desired(&store(&text), &settings()).len(), usize::from(there), "{status}");
+        assert_eq!(
+            translate(store(&text), &Enrolled::default(), &settings()).1.desired().len(),
+            usize::from(there),
+            "{status}"
+        );
     }
 }
 
@@ -174,7 +236,7 @@ fn published_is_enrolled_as_the_same_pod_and_still_wanted() {
     let web = pod("web", "10.1.0.2", "");
     let tunnel = |text: &str, enrolled: Option<Place>| {
         let enrolled = enrolled.into_iter().map(|place| (uid.to_owned(), place)).collect();
-        translate(&store(text), &enrolled, &settings()).workload("/Pod/shop/web").tunnel_protocol()
+        translate(store(text), &enrolled, &settings()).0.workload("/Pod/shop/web").tunnel_protocol()
     };
     let meshed = SHOP.to_owned() + &web;
     assert_eq!(tunnel(&meshed, Some(place.clone())), TunnelProtocol::Hbone);
@@ -197,7 +259,7 @@ fn local_workloads_say_what_labels_want() {
     assert_eq!((b.enroll, b.netns_path.as_str()), (false, ""));
     // In a cluster whoever may write pods must not name other pods' namespaces.
     let cluster = MeshSettings { netns_annotations: false, ..settings() };
-    let translation = translate(&store(&text), &Places::new(), &cluster);
+    let translation = translate(store(&text), &Enrolled::default(), &cluster).0;
     assert_eq!(translation.local["n1"]["Kubernetes//Pod/shop/a"].netns_path, "");
 }
 
@@ -316,7 +378,8 @@ fn identities_follow_live_labelled_pods() {
         + &pod("new", "", ", serviceAccountName: new")
         + &pod("old", "10.1.0.4", ", serviceAccountName: old").replace("podIP", "phase: Succeeded, podIP")
         + &pod("host", "192.0.2.7", ", serviceAccountName: host, hostNetwork: true");
-    let identities = identities(&store(&(SHOP.to_owned() + &text)), &settings());
+    let (_, translator) = translate(store(&(SHOP.to_owned() + &text)), &Enrolled::default(), &settings());
+    let identities = translator.identities();
     for (node, account, claim) in [
         ("n1", "web", Claim::Granted),
         ("n1", "new", Claim::Granted),
@@ -341,7 +404,7 @@ fn the_order_of_objects_does_not_matter() {
     let mut reversed = Store::default();
     let upserts = objects(&text).into_iter().rev().collect();
     reversed.apply(Delta { upserts, deletes: Vec::new() });
-    assert_eq!(translate(&reversed, &Places::new(), &settings()), translated(&text));
+    assert_eq!(translate(reversed, &Enrolled::default(), &settings()).0, translated(&text));
 }
 
 #[test]
@@ -354,7 +417,7 @@ fn in_a_cluster_a_node_hears_of_pods_before_their_address() {
     );
     let local = |netns_annotations: bool| {
         let settings = MeshSettings { netns_annotations, ..settings() };
-        let local = translate(&store(&text), &Places::new(), &settings).local;
+        let local = translate(store(&text), &Enrolled::default(), &settings).0.local;
         let of_node = local.get("n1").into_iter().flatten();
         of_node.map(|(uid, pod)| (uid.clone(), pod.enroll, pod.pod_uid.clone())).collect::<Vec<_>>()
     };
@@ -372,7 +435,7 @@ fn in_a_cluster_a_node_hears_of_pods_before_their_address() {
 #[test]
 fn a_mesh_that_would_capture_nothing_is_noticed() {
     let bare = MeshSettings { pod_networks: Vec::new(), service_networks: Vec::new(), ..settings() };
-    let uncaptured = |text: &str| translate(&store(text), &Places::new(), &bare).uncaptured();
+    let uncaptured = |text: &str| uncaptured(&translate(store(text), &Enrolled::default(), &bare).0.mesh);
     let node = "apiVersion: v1\nkind: Node\nmetadata: {name: n1}\nspec: {podCIDR: 10.244.0.0/24}\n---\n";
     let cidr = "apiVersion: networking.k8s.io/v1\nkind: ServiceCIDR\nmetadata: {name: a}\nspec: {cidrs: [10.96.0.0/16]}\n";
     assert!(uncaptured(cidr).unwrap().starts_with("pod networks"));

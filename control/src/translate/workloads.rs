@@ -1,13 +1,10 @@
-//! Workloads: one for every pod, and one for every endpoint that is no pod.
+//! Workloads: one for every pod, and one for every endpoint that is no pod. One at a time.
 
-use std::{
-    collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
-};
+use std::{collections::BTreeMap, net::IpAddr};
 
 use bytes::Bytes;
 use weft_api::{
-    Pod,
+    MeshChoice, Pod,
     labels::{APPLICATION, NETNS, POD_TEMPLATE_HASH, VERSION},
     mesh_choice,
 };
@@ -17,121 +14,136 @@ use weft_proto::{
 };
 
 use super::{
-    MeshSettings, contains, live_pods, octets,
-    services::{Backends, Membership},
+    MeshSettings, contains, octets,
+    services::{Membership, OtherEndpoint},
 };
-use crate::store::Store;
+use crate::store::{Name, Store};
 
-pub(super) fn pods(
-    store: &Store,
-    settings: &MeshSettings,
-    backends: &Backends,
-    published: &BTreeSet<&str>,
-    problems: &mut BTreeMap<String, String>,
-) -> Vec<Workload> {
-    let none = Membership::default();
-    let mut workloads = Vec::new();
-    for (uid, namespace, pod) in live_pods(store, settings) {
-        let name = &pod.metadata.name;
-        let addresses = pod.addresses();
-        // In Kubernetes a pod without an address is about to get one; a host network pod is its node's.
-        if addresses.is_empty() && !pod.spec.host_network {
-            continue;
-        }
-        let membership = backends.pods.get(&(namespace.to_owned(), name.clone())).unwrap_or(&none);
-        let (workload_name, workload_type) = owner(pod);
-        let tunnel = published.contains(uid.as_str());
-        workloads.push(Workload {
-            name: name.clone(),
-            namespace: namespace.to_owned(),
-            addresses: if pod.spec.host_network { Vec::new() } else { wire_addresses(&addresses) },
-            tunnel_protocol: if tunnel { TunnelProtocol::Hbone } else { TunnelProtocol::None }.into(),
-            service_account: pod.service_account().to_owned(),
-            node: pod.spec.node_name.clone().unwrap_or_default(),
-            canonical_name: pod.metadata.first_label(&APPLICATION).unwrap_or(&workload_name).to_owned(),
-            canonical_revision: pod.metadata.first_label(&VERSION).unwrap_or("latest").to_owned(),
-            workload_type: workload_type.into(),
-            workload_name,
-            services: wire_services(membership),
-            status: wire_status(membership),
-            cluster_id: settings.cluster_id.clone(),
-            network_mode: network_mode(pod.spec.host_network),
-            uid,
-            ..Workload::default()
-        });
-        note_problems(store, settings, namespace, pod, &addresses, problems);
-    }
-    workloads
+/// What follows from one pod.
+#[derive(Debug, Default)]
+pub(super) struct TranslatedPod {
+    /// For every node.
+    pub workload: Option<Workload>,
+    /// For the agent of its node.
+    pub local: Option<LocalWorkload>,
+    /// For a person.
+    pub problem: Option<String>,
 }
 
-fn note_problems(
+/// The pod of that name, which is nothing if there is none or it has ended. `tunnel` says whether it is announced as
+/// reachable by tunnel.
+pub(super) fn pod(
     store: &Store,
     settings: &MeshSettings,
-    namespace: &str,
+    name: &Name,
+    membership: &Membership,
+    tunnel: bool,
+) -> TranslatedPod {
+    let Some(pod) = store.pods.get(name).filter(|pod| !pod.is_gone()) else {
+        return TranslatedPod::default();
+    };
+    let choice = mesh_choice(store.namespaces.get(&name.0).map(|namespace| &**namespace), pod);
+    let addresses = pod.addresses();
+    let workload = workload(settings, name, pod, &addresses, membership, tunnel);
+    let local = local(settings, name, pod, &addresses, choice.wanted);
+    let problem = workload.as_ref().and_then(|_| address_problem(settings, &choice, &addresses));
+    let problem = problem.or_else(|| local.as_ref().and_then(|local| netns_problem(settings, local)));
+    TranslatedPod { workload, local, problem }
+}
+
+fn workload(
+    settings: &MeshSettings,
+    (namespace, name): &Name,
     pod: &Pod,
     addresses: &[IpAddr],
-    problems: &mut BTreeMap<String, String>,
-) {
-    let choice = mesh_choice(store.namespaces.get(namespace).map(|n| &**n), pod);
-    let outside = addresses.iter().find(|address| !contains(&settings.pod_networks, **address));
-    let problem = match (choice.problem, outside) {
-        (Some(problem), _) => problem,
-        (None, Some(address)) if choice.wanted => format!(
-            "address {address} is outside the pod networks: connections to it are not captured, and refused once it is in the mesh"
-        ),
-        _ => return,
-    };
-    problems.insert(format!("Pod {namespace}/{}", pod.metadata.name), problem);
+    membership: &Membership,
+    tunnel: bool,
+) -> Option<Workload> {
+    // In Kubernetes a pod without an address is about to get one; a host network pod is its node's.
+    if addresses.is_empty() && !pod.spec.host_network {
+        return None;
+    }
+    let (workload_name, workload_type) = owner(pod);
+    Some(Workload {
+        uid: settings.pod_uid(namespace, name),
+        name: name.clone(),
+        namespace: namespace.clone(),
+        addresses: if pod.spec.host_network { Vec::new() } else { wire_addresses(addresses) },
+        tunnel_protocol: if tunnel { TunnelProtocol::Hbone } else { TunnelProtocol::None }.into(),
+        service_account: pod.service_account().to_owned(),
+        node: pod.spec.node_name.clone().unwrap_or_default(),
+        canonical_name: pod.metadata.first_label(&APPLICATION).unwrap_or(&workload_name).to_owned(),
+        canonical_revision: pod.metadata.first_label(&VERSION).unwrap_or("latest").to_owned(),
+        workload_type: workload_type.into(),
+        workload_name,
+        services: wire_services(membership),
+        status: wire_status(membership),
+        cluster_id: settings.cluster_id.clone(),
+        network_mode: network_mode(pod.spec.host_network),
+        ..Workload::default()
+    })
 }
 
-pub(super) fn outside_pods(backends: &Backends, settings: &MeshSettings) -> Vec<Workload> {
-    let others = backends.others.iter().map(|(uid, other)| Workload {
-        uid: uid.clone(),
-        name: other.name.clone(),
-        namespace: other.namespace.clone(),
-        addresses: wire_addresses(&[other.address]),
+/// What the agent of the pod's node needs to know of it.
+fn local(
+    settings: &MeshSettings,
+    (namespace, name): &Name,
+    pod: &Pod,
+    addresses: &[IpAddr],
+    enroll: bool,
+) -> Option<LocalWorkload> {
+    // Where the runtime asks before it starts a pod, the answer must be there before the address.
+    let too_early = settings.netns_annotations && addresses.is_empty();
+    if pod.spec.node_name.is_none() || pod.spec.host_network || too_early {
+        return None;
+    }
+    let netns_path = pod.netns_path().filter(|_| settings.netns_annotations).unwrap_or_default().to_owned();
+    let pod_uid = pod.metadata.uid.clone().unwrap_or_default();
+    Some(LocalWorkload { uid: settings.pod_uid(namespace, name), enroll, netns_path, pod_uid })
+}
+
+fn address_problem(settings: &MeshSettings, choice: &MeshChoice, addresses: &[IpAddr]) -> Option<String> {
+    if choice.problem.is_some() {
+        return choice.problem.clone();
+    }
+    let outside = addresses.iter().find(|address| !contains(&settings.pod_networks, **address));
+    outside.filter(|_| choice.wanted).map(|address| format!(
+        "address {address} is outside the pod networks: connections to it are not captured, and refused once it is in the mesh"
+    ))
+}
+
+fn netns_problem(settings: &MeshSettings, local: &LocalWorkload) -> Option<String> {
+    let lacks = settings.netns_annotations && local.enroll && local.netns_path.is_empty();
+    lacks.then(|| format!("is to be in the mesh but has no annotation {NETNS}, so its agent cannot find it"))
+}
+
+/// An endpoint that is no pod. Where its address is not its own, no workload is to be found by it.
+pub(super) fn outside_pod(
+    settings: &MeshSettings,
+    slice: &Name,
+    address: IpAddr,
+    other: &OtherEndpoint,
+    membership: &Membership,
+    shared_address: bool,
+) -> Workload {
+    let (namespace, name) = slice;
+    Workload {
+        uid: settings.endpoint_uid(slice, address),
+        name: name.clone(),
+        namespace: namespace.clone(),
+        addresses: wire_addresses(&[address]),
         tunnel_protocol: TunnelProtocol::None.into(),
         node: other.node.clone(),
-        canonical_name: other.name.clone(),
+        canonical_name: name.clone(),
         canonical_revision: "latest".to_owned(),
         workload_type: WorkloadType::Pod.into(),
-        workload_name: other.name.clone(),
-        services: wire_services(&other.membership),
-        status: wire_status(&other.membership),
+        workload_name: name.clone(),
+        services: wire_services(membership),
+        status: wire_status(membership),
         cluster_id: settings.cluster_id.clone(),
-        network_mode: network_mode(other.shared_address),
+        network_mode: network_mode(shared_address),
         ..Workload::default()
-    });
-    others.collect()
-}
-
-/// What each node's agent needs to know of its own pods, by node and uid.
-pub(super) fn local(
-    store: &Store,
-    settings: &MeshSettings,
-    problems: &mut BTreeMap<String, String>,
-) -> BTreeMap<String, BTreeMap<String, LocalWorkload>> {
-    let mut local: BTreeMap<String, BTreeMap<String, LocalWorkload>> = BTreeMap::new();
-    for (uid, namespace, pod) in live_pods(store, settings) {
-        let Some(node) = &pod.spec.node_name else { continue };
-        // Where the runtime asks before it starts a pod, the answer must be there before the address.
-        let too_early = settings.netns_annotations && pod.addresses().is_empty();
-        if pod.spec.host_network || too_early {
-            continue;
-        }
-        let enroll = super::wanted(store, namespace, pod);
-        let netns_path =
-            pod.netns_path().filter(|_| settings.netns_annotations).unwrap_or_default().to_owned();
-        if enroll && netns_path.is_empty() && settings.netns_annotations {
-            problems.entry(format!("Pod {namespace}/{}", pod.metadata.name)).or_insert_with(|| {
-                format!("is to be in the mesh but has no annotation {NETNS}, so its agent cannot find it")
-            });
-        }
-        let pod_uid = pod.metadata.uid.clone().unwrap_or_default();
-        let workload = LocalWorkload { uid: uid.clone(), enroll, netns_path, pod_uid };
-        local.entry(node.clone()).or_default().insert(uid, workload);
     }
-    local
 }
 
 fn wire_addresses(addresses: &[IpAddr]) -> Vec<Bytes> {

@@ -22,14 +22,16 @@ mod snapshot;
 mod subscription;
 mod update;
 mod version;
+mod wire;
 
 pub use backoff::Backoff;
 pub use channel::{AuthenticatedChannel, BearerToken, ConfigError, ControlEndpoint, TokenSource, channel};
 pub use client::{ClientConfig, run};
-pub use server::{Authenticate, Authentication, NodeName, Server, Service, Stats, with_keepalive};
+pub use server::{Authenticate, Authentication, NodeName, Server, Stats, with_keepalive};
 pub use snapshot::{Resources, Snapshot, resource};
 pub use update::{Resource, Update};
 pub use version::Version;
+pub use wire::Service;
 
 use std::time::Duration;
 

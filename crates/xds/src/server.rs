@@ -7,19 +7,16 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use futures_util::{Stream, stream};
-use prost_types::Any;
 use tokio::sync::watch;
 use tonic::metadata::MetadataMap;
-use tonic::{Request, Response, Status, Streaming};
+use tonic::{Request, Status, Streaming};
 use tracing::{debug, info, warn};
-use weft_proto::discovery::aggregated_discovery_service_server::{
-    AggregatedDiscoveryService, AggregatedDiscoveryServiceServer,
-};
-use weft_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse, Resource};
+use weft_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 
 use crate::order::TypeKey;
 use crate::subscription::{Answer, Next, Subscription};
-use crate::{KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, MAX_REQUEST_BYTES, MAX_RESPONSE_BYTES, Snapshot};
+use crate::wire::{Decided, Pieces, Service, Whole};
+use crate::{KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, Snapshot};
 
 /// Types one stream may ask for. Weft has a handful; a peer could make up any number.
 const MAX_TYPES: usize = 32;
@@ -36,13 +33,11 @@ pub type Authentication = Pin<Box<dyn Future<Output = Result<NodeName, Status>> 
 /// somebody else may have to be asked.
 pub type Authenticate = Arc<dyn Fn(&MetadataMap) -> Authentication + Send + Sync>;
 
-/// The gRPC service to add to a tonic router.
-pub type Service = AggregatedDiscoveryServiceServer<Server>;
-
 /// A delta ADS server for whatever snapshots it is given.
 pub struct Server {
     snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
     authenticate: Authenticate,
+    whole: Arc<Whole>,
     stats: Arc<Stats>,
 }
 
@@ -87,7 +82,7 @@ impl Server {
     /// Serves the latest snapshot of `snapshots`. While there is none, streams are held and nothing is answered. When
     /// the sender is dropped all streams end with `UNAVAILABLE`.
     pub fn new(snapshots: watch::Receiver<Option<Arc<Snapshot>>>, authenticate: Authenticate) -> Server {
-        Server { snapshots, authenticate, stats: Arc::default() }
+        Server { snapshots, authenticate, whole: Arc::default(), stats: Arc::default() }
     }
 
     /// Counters that live as long as the server.
@@ -95,31 +90,16 @@ impl Server {
         self.stats.clone()
     }
 
-    /// The service, with its message limits. Put it behind a server made by [`with_keepalive`].
+    /// The service. Put it behind a server made by [`with_keepalive`].
     pub fn into_service(self) -> Service {
-        AggregatedDiscoveryServiceServer::new(self)
-            .max_decoding_message_size(MAX_REQUEST_BYTES)
-            .max_encoding_message_size(MAX_RESPONSE_BYTES)
+        Service(Arc::new(self))
     }
-}
 
-/// A tonic server that notices a client which vanished without a word.
-pub fn with_keepalive(server: tonic::transport::Server) -> tonic::transport::Server {
-    server
-        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
-        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
-        .tcp_nodelay(true)
-}
-
-#[tonic::async_trait]
-impl AggregatedDiscoveryService for Server {
-    type DeltaAggregatedResourcesStream =
-        Pin<Box<dyn Stream<Item = Result<DeltaDiscoveryResponse, Status>> + Send>>;
-
-    async fn delta_aggregated_resources(
+    /// A new stream: of requests, and in return of responses. An error is the last of them.
+    pub(crate) async fn open(
         &self,
         request: Request<Streaming<DeltaDiscoveryRequest>>,
-    ) -> Result<Response<Self::DeltaAggregatedResourcesStream>, Status> {
+    ) -> Result<impl Stream<Item = Result<Pieces, Status>> + Send + use<>, Status> {
         let authentication = (self.authenticate)(request.metadata());
         let node = authentication.await.inspect_err(|status| {
             self.stats.refused.fetch_add(1, Ordering::Relaxed);
@@ -135,12 +115,19 @@ impl AggregatedDiscoveryService for Server {
             types: BTreeMap::new(),
             nonce: 0,
             ended: false,
+            whole: self.whole.clone(),
             stats: self.stats.clone(),
         };
-        let responses =
-            stream::unfold(client, |mut client| async { client.next().await.map(|item| (item, client)) });
-        Ok(Response::new(Box::pin(responses)))
+        Ok(stream::unfold(client, |mut client| async { client.next().await.map(|item| (item, client)) }))
     }
+}
+
+/// A tonic server that notices a client which vanished without a word.
+pub fn with_keepalive(server: tonic::transport::Server) -> tonic::transport::Server {
+    server
+        .http2_keepalive_interval(Some(KEEPALIVE_INTERVAL))
+        .http2_keepalive_timeout(Some(KEEPALIVE_TIMEOUT))
+        .tcp_nodelay(true)
 }
 
 /// One stream.
@@ -153,6 +140,7 @@ struct Client {
     types: BTreeMap<TypeKey, Subscription>,
     nonce: u64,
     ended: bool,
+    whole: Arc<Whole>,
     stats: Arc<Stats>,
 }
 
@@ -165,7 +153,7 @@ impl Drop for Client {
 
 impl Client {
     /// The next response, made when the connection has room for it, so from the latest snapshot.
-    async fn next(&mut self) -> Option<Result<DeltaDiscoveryResponse, Status>> {
+    async fn next(&mut self) -> Option<Result<Pieces, Status>> {
         if self.ended {
             return None;
         }
@@ -173,9 +161,11 @@ impl Client {
             if let Some(latest) = &*self.snapshots.borrow_and_update() {
                 self.snapshot = Some(latest.clone());
             }
-            if let Some(response) = self.respond() {
+            if let Some(decided) = self.decide() {
                 self.stats.responses.fetch_add(1, Ordering::Relaxed);
-                return Some(Ok(response));
+                let encoded = decided.encode(&self.whole);
+                self.ended = encoded.is_err();
+                return Some(encoded);
             }
             let outcome = tokio::select! {
                 request = self.requests.message() => match request {
@@ -234,7 +224,7 @@ impl Client {
 
     /// The first type in order that has something to send. Types after one that must wait for an answer wait with it,
     /// else a later type could get ahead of an earlier one of the same snapshot.
-    fn respond(&mut self) -> Option<DeltaDiscoveryResponse> {
+    fn decide(&mut self) -> Option<Decided> {
         let snapshot = self.snapshot.as_ref()?;
         let nonce = (self.nonce + 1).to_string();
         for (key, subscription) in &mut self.types {
@@ -242,7 +232,7 @@ impl Client {
             match subscription.advance(&snapshot.view(&self.node, type_url), &nonce) {
                 Next::Idle => {}
                 Next::Blocked => return None,
-                Next::Send { upserts, removed } => {
+                Next::Send { upserts, removed, whole } => {
                     debug!(
                         node = self.node,
                         kind = type_url,
@@ -252,19 +242,14 @@ impl Client {
                         "sending"
                     );
                     self.nonce += 1;
-                    let resources = upserts.into_iter().map(|(name, version, value)| Resource {
-                        version: version.as_str().to_owned(),
-                        resource: Some(Any { type_url: type_url.to_owned(), value: value.into() }),
-                        name,
-                        aliases: Vec::new(),
-                    });
-                    return Some(DeltaDiscoveryResponse {
+                    let head = DeltaDiscoveryResponse {
                         system_version_info: snapshot.version.to_string(),
-                        resources: resources.collect(),
+                        resources: Vec::new(),
                         type_url: type_url.to_owned(),
                         nonce,
                         removed_resources: removed,
-                    });
+                    };
+                    return Some(Decided { head, upserts, whole });
                 }
             }
         }

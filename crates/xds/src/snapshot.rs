@@ -23,8 +23,9 @@ pub struct Snapshot {
     pub version: u64,
     /// By type URL, what every node is sent.
     pub shared: HashMap<&'static str, Resources>,
-    /// By node and type URL, what only that node is sent. It replaces shared resources of the same type.
-    pub per_node: HashMap<String, HashMap<&'static str, Resources>>,
+    /// By node and type URL, what only that node is sent. It replaces shared resources of the same type. Copies of a
+    /// snapshot share it, since nodes are many.
+    pub per_node: imbl::OrdMap<String, HashMap<&'static str, Resources>>,
 }
 
 impl Snapshot {
@@ -45,7 +46,7 @@ mod tests {
         let snapshot = Snapshot {
             version: 1,
             shared: HashMap::from([("address", map("everyone"))]),
-            per_node: HashMap::from([("n1".to_owned(), HashMap::from([("local", map("mine"))]))]),
+            per_node: imbl::OrdMap::unit("n1".to_owned(), HashMap::from([("local", map("mine"))])),
         };
         let names = |node, kind| snapshot.view(node, kind).keys().cloned().collect::<Vec<_>>();
         assert_eq!(names("n1", "address"), ["everyone"]);

@@ -47,7 +47,12 @@ pub(crate) enum Next {
     /// There is news, but an earlier response is unanswered.
     Blocked,
     /// One response.
-    Send { upserts: Vec<(String, Version, Bytes)>, removed: Vec<String> },
+    Send {
+        upserts: Vec<(String, Version, Bytes)>,
+        removed: Vec<String>,
+        /// What `upserts` are if they are all there is to be had, for a client that had nothing.
+        whole: Option<Resources>,
+    },
 }
 
 /// What a request said about the last response.
@@ -147,8 +152,9 @@ impl Subscription {
             return Next::Idle;
         }
         self.must_answer = false;
+        let whole = self.held.is_empty().then(|| target.clone());
         self.in_flight = Some(InFlight { nonce: nonce.to_owned(), after: target });
-        Next::Send { upserts, removed }
+        Next::Send { upserts, removed, whole }
     }
 
     fn change(&mut self, subscribe: Vec<String>, unsubscribe: Vec<String>) {

@@ -2,7 +2,6 @@
 
 use super::*;
 use crate::{
-    enrollment::Failure,
     source::manifest::{Format, parse},
     translate::tests::settings,
 };
@@ -43,11 +42,10 @@ fn written_down(address: Option<&str>, failure: Option<&str>) -> Input {
         addresses: vec![address.parse().unwrap()],
         pod_uid: Some("u".to_owned()),
     };
-    let failed = |message: &str| Failure { node: node(), message: message.to_owned() };
     let record = Record {
         version: "1".to_owned(),
         places: address.map(|address| (UID.to_owned(), place(address))).into_iter().collect(),
-        failures: failure.map(|message| (UID.to_owned(), failed(message))).into_iter().collect(),
+        failures: failure.map(|message| (UID.to_owned(), message.to_owned())).into_iter().collect(),
     };
     Input::Enrollment(Heard { node: node(), record: Some(record) })
 }

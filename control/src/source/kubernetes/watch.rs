@@ -30,6 +30,8 @@ use crate::{
 /// How the watch of enrolled pods is called to people.
 pub const ENROLLMENT: &str = "nodeenrollments.mesh.weft.dev";
 
+/// Where kubectl keeps a copy of the whole object.
+const LAST_APPLIED: &str = "kubectl.kubernetes.io/last-applied-configuration";
 /// The longest pause before a watch is tried again.
 const LAST_RETRY: Duration = Duration::from_secs(2);
 
@@ -220,6 +222,9 @@ fn key(kind: Kind, object: &DynamicObject) -> ObjectKey {
 fn item(kind: Kind, mut object: DynamicObject) -> Item {
     let key = key(kind, &object);
     object.metadata.managed_fields = None;
+    if let Some(annotations) = &mut object.metadata.annotations {
+        annotations.remove(LAST_APPLIED);
+    }
     let metadata = serde_json::to_value(&object.metadata).unwrap_or_default();
     let object = match object.data {
         Value::Object(mut fields) => {
