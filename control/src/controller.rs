@@ -25,7 +25,7 @@ use crate::{
 };
 
 /// Changes of objects come in company: a new pod, its EndpointSlice, the end of the old pod, each from a watch of its
-/// own. What comes within this time is taken in as one, so that agents are sent one message instead of three, and no
+/// own. All that comes within this time is taken in as one, so that agents are sent one message instead of three, and no
 /// more states than this allows however restless the cluster is.
 const GATHER: Duration = Duration::from_millis(20);
 
@@ -97,25 +97,32 @@ impl Controller {
 
     /// Takes in what comes until every sender is gone.
     pub fn run(mut self, mut inputs: mpsc::Receiver<Input>) {
-        let mut next = None;
-        while let Some(input) = next.take().or_else(|| self.wait(&mut inputs)) {
-            match input {
-                Input::Objects(delta) => {
-                    self.store.apply(delta);
-                    #[allow(clippy::disallowed_methods, reason = "a thread of its own")]
-                    std::thread::sleep(GATHER);
-                    loop {
-                        match inputs.try_recv() {
-                            Ok(Input::Objects(delta)) => self.store.apply(delta),
-                            other => break next = other.ok(),
-                        }
-                    }
-                    self.settle();
+        while let Some(input) = self.wait(&mut inputs) {
+            let mut reports = Vec::new();
+            if self.take(input, &mut reports) {
+                #[allow(clippy::disallowed_methods, reason = "a thread of its own")]
+                std::thread::sleep(GATHER);
+                while let Ok(input) = inputs.try_recv() {
+                    self.take(input, &mut reports);
                 }
-                Input::Report(report) => self.report(report),
-                Input::Enrollment(heard) => self.heard(&heard),
+                self.settle();
             }
+            // After the objects that came with them, so that what each of them says is about pods that are known.
+            reports.into_iter().for_each(|report| self.report(report));
         }
+    }
+
+    /// Takes in one input; reports are put aside. Returns whether it was of objects, for [`Controller::settle`].
+    fn take(&mut self, input: Input, reports: &mut Vec<Report>) -> bool {
+        match input {
+            Input::Objects(delta) => {
+                self.store.apply(delta);
+                return true;
+            }
+            Input::Report(report) => reports.push(report),
+            Input::Enrollment(heard) => self.heard(&heard),
+        }
+        false
     }
 
     /// What comes next. While it is not there yet, there is time for what can be done late.
@@ -181,9 +188,10 @@ impl Controller {
         self.publish(&touched);
     }
 
-    /// Publishes what follows from a change of who is enrolled. Before the first objects nothing does.
+    /// Publishes what follows from a change of who is enrolled. Before the first objects nothing does, and with objects
+    /// that are not settled yet it is published together with them.
     fn enrolled(&mut self) {
-        if self.is_started() && self.enrollment.has_changed() {
+        if self.is_started() && !self.store.is_touched() && self.enrollment.has_changed() {
             self.publish(&Touched::default());
         }
     }
