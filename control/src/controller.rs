@@ -25,7 +25,7 @@ use crate::{
 };
 
 /// Changes of objects come in company: a new pod, its EndpointSlice, the end of the old pod, each from a watch of its
-/// own. What comes within this time is taken in as one, so that agents are sent one message instead of three, and no
+/// own. All that comes within this time is taken in as one, so that agents are sent one message instead of three, and no
 /// more states than this allows however restless the cluster is.
 const GATHER: Duration = Duration::from_millis(20);
 
@@ -67,6 +67,8 @@ pub struct Controller {
     problems: BTreeMap<String, String>,
     /// A kind of address of which no range is known. Nothing is published then.
     uncaptured: Option<&'static str>,
+    /// Nodes of which failures were heard that are not compared with the objects yet.
+    heard_of: BTreeSet<String>,
     snapshots: watch::Sender<Option<Arc<Snapshot>>>,
     identities: watch::Sender<Option<Arc<Identities>>>,
     metrics: Metrics,
@@ -83,6 +85,7 @@ impl Controller {
             builder: Builder::default(),
             problems: BTreeMap::new(),
             uncaptured: None,
+            heard_of: BTreeSet::new(),
             snapshots,
             identities,
             metrics,
@@ -97,25 +100,32 @@ impl Controller {
 
     /// Takes in what comes until every sender is gone.
     pub fn run(mut self, mut inputs: mpsc::Receiver<Input>) {
-        let mut next = None;
-        while let Some(input) = next.take().or_else(|| self.wait(&mut inputs)) {
-            match input {
-                Input::Objects(delta) => {
-                    self.store.apply(delta);
-                    #[allow(clippy::disallowed_methods, reason = "a thread of its own")]
-                    std::thread::sleep(GATHER);
-                    loop {
-                        match inputs.try_recv() {
-                            Ok(Input::Objects(delta)) => self.store.apply(delta),
-                            other => break next = other.ok(),
-                        }
-                    }
-                    self.settle();
+        while let Some(input) = self.wait(&mut inputs) {
+            let mut reports = Vec::new();
+            if self.take(input, &mut reports) {
+                #[allow(clippy::disallowed_methods, reason = "a thread of its own")]
+                std::thread::sleep(GATHER);
+                while let Ok(input) = inputs.try_recv() {
+                    self.take(input, &mut reports);
                 }
-                Input::Report(report) => self.report(report),
-                Input::Enrollment(heard) => self.heard(&heard),
+                self.settle();
             }
+            // After the objects that came with them, so that what each of them says is about pods that are known.
+            reports.into_iter().for_each(|report| self.report(report));
         }
+    }
+
+    /// Takes in one input; reports are put aside. Returns whether it was of objects, for [`Controller::settle`].
+    fn take(&mut self, input: Input, reports: &mut Vec<Report>) -> bool {
+        match input {
+            Input::Objects(delta) => {
+                self.store.apply(delta);
+                return true;
+            }
+            Input::Report(report) => reports.push(report),
+            Input::Enrollment(heard) => self.heard(&heard),
+        }
+        false
     }
 
     /// What comes next. While it is not there yet, there is time for what can be done late.
@@ -153,8 +163,9 @@ impl Controller {
     fn heard(&mut self, heard: &Heard) {
         let desired = self.is_started().then(|| self.translator.desired());
         self.enrollment.heard(heard, desired);
-        if self.is_started() {
-            self.retain_failures([&heard.node]);
+        self.heard_of.insert(heard.node.clone());
+        if self.is_started() && !self.store.is_touched() {
+            self.retain_failures(BTreeSet::new());
         }
         self.enrolled();
     }
@@ -172,7 +183,7 @@ impl Controller {
             // What is enrolled was read before the objects, and may be of pods that ended since.
             false => self.enrollment.retain(self.translator.desired()),
         }
-        self.retain_failures(&nodes);
+        self.retain_failures(nodes);
         self.metrics.pods_desired.set(self.translator.desired().len() as i64);
         for (kind, count) in self.store.counts() {
             self.metrics.objects.get_or_create(&KindLabel { kind: kind.as_str() }).set(count as i64);
@@ -181,9 +192,10 @@ impl Controller {
         self.publish(&touched);
     }
 
-    /// Publishes what follows from a change of who is enrolled. Before the first objects nothing does.
+    /// Publishes what follows from a change of who is enrolled. Before the first objects nothing does, and with objects
+    /// that are not settled yet it is published together with them.
     fn enrolled(&mut self) {
-        if self.is_started() && self.enrollment.has_changed() {
+        if self.is_started() && !self.store.is_touched() && self.enrollment.has_changed() {
             self.publish(&Touched::default());
         }
     }
@@ -234,10 +246,11 @@ impl Controller {
         }
     }
 
-    /// What is not to be in the mesh cannot fail to get there. `nodes` are those of which that may read differently.
-    fn retain_failures<'a>(&mut self, nodes: impl IntoIterator<Item = &'a String>) {
+    /// What is not to be in the mesh cannot fail to get there. `nodes` are those whose pods may be other ones.
+    fn retain_failures(&mut self, mut nodes: BTreeSet<String>) {
+        nodes.append(&mut self.heard_of);
         let (store, settings) = (&self.store, self.translator.settings());
-        for node in nodes {
+        for node in &nodes {
             self.enrollment
                 .retain_failures(node, |node, uid| translate::is_wanted(store, settings, node, uid));
         }

@@ -89,7 +89,7 @@ impl<K: Ord + Clone> Index<K> {
 }
 
 /// What may read differently since it was last asked.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, PartialEq)]
 pub struct Touched {
     pub namespaces: BTreeSet<String>,
     /// With what was there before.
@@ -106,6 +106,11 @@ impl Store {
     pub fn apply(&mut self, delta: Delta) {
         delta.deletes.into_iter().for_each(|key| self.delete(key));
         delta.upserts.into_iter().for_each(|object| self.upsert(object));
+    }
+
+    /// Whether there is anything for [`Store::take_touched`].
+    pub fn is_touched(&self) -> bool {
+        self.touched != Touched::default()
     }
 
     /// What was touched since the last call.
