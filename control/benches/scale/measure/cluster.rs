@@ -28,8 +28,8 @@ pub struct Cluster {
     pods: Vec<Pod>,
     /// By node, what is left of its /24: an address is not used again before all others were.
     free: Vec<VecDeque<u8>>,
-    /// Versions of services' slices are not needed, their generation is.
-    next: usize,
+    /// How many pods were replaced.
+    replaced: usize,
 }
 
 pub fn node_name(node: usize) -> String {
@@ -41,7 +41,7 @@ impl Cluster {
     /// so.
     pub fn fill(api: Api, sizes: Sizes) -> Self {
         let free = (0..sizes.nodes).map(|_| (2..=254).collect());
-        let mut cluster = Self { api, sizes, pods: Vec::new(), free: free.collect(), next: 0 };
+        let mut cluster = Self { api, sizes, pods: Vec::new(), free: free.collect(), replaced: 0 };
         let cidr = json!({"spec": {"cidrs": ["10.32.0.0/12"]}});
         cluster.put("servicecidrs", "", "kubernetes", cidr);
         for node in 0..sizes.nodes {
@@ -76,8 +76,8 @@ impl Cluster {
     pub fn replace_a_pod(&mut self, before: impl FnOnce(&str)) {
         // Neighbours in time are to be strangers to each other: far apart, and each once before any is twice.
         const STRIDE: usize = 7919;
-        let number = (self.next * STRIDE) % self.pods.len();
-        self.next += 1;
+        let number = (self.replaced * STRIDE) % self.pods.len();
+        self.replaced += 1;
         let old = format!("{}/{}", self.namespace(number), self.pod_name(number));
         let node = number % self.sizes.nodes;
         self.free[node].push_back(self.pods[number].host);
