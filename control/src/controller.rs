@@ -67,6 +67,8 @@ pub struct Controller {
     problems: BTreeMap<String, String>,
     /// A kind of address of which no range is known. Nothing is published then.
     uncaptured: Option<&'static str>,
+    /// Nodes of which failures were heard that are not compared with the objects yet.
+    heard_of: BTreeSet<String>,
     snapshots: watch::Sender<Option<Arc<Snapshot>>>,
     identities: watch::Sender<Option<Arc<Identities>>>,
     metrics: Metrics,
@@ -83,6 +85,7 @@ impl Controller {
             builder: Builder::default(),
             problems: BTreeMap::new(),
             uncaptured: None,
+            heard_of: BTreeSet::new(),
             snapshots,
             identities,
             metrics,
@@ -160,8 +163,9 @@ impl Controller {
     fn heard(&mut self, heard: &Heard) {
         let desired = self.is_started().then(|| self.translator.desired());
         self.enrollment.heard(heard, desired);
-        if self.is_started() {
-            self.retain_failures([&heard.node]);
+        self.heard_of.insert(heard.node.clone());
+        if self.is_started() && !self.store.is_touched() {
+            self.retain_failures(BTreeSet::new());
         }
         self.enrolled();
     }
@@ -179,7 +183,7 @@ impl Controller {
             // What is enrolled was read before the objects, and may be of pods that ended since.
             false => self.enrollment.retain(self.translator.desired()),
         }
-        self.retain_failures(&nodes);
+        self.retain_failures(nodes);
         self.metrics.pods_desired.set(self.translator.desired().len() as i64);
         for (kind, count) in self.store.counts() {
             self.metrics.objects.get_or_create(&KindLabel { kind: kind.as_str() }).set(count as i64);
@@ -242,10 +246,11 @@ impl Controller {
         }
     }
 
-    /// What is not to be in the mesh cannot fail to get there. `nodes` are those of which that may read differently.
-    fn retain_failures<'a>(&mut self, nodes: impl IntoIterator<Item = &'a String>) {
+    /// What is not to be in the mesh cannot fail to get there. `nodes` are those whose pods may be other ones.
+    fn retain_failures(&mut self, mut nodes: BTreeSet<String>) {
+        nodes.append(&mut self.heard_of);
         let (store, settings) = (&self.store, self.translator.settings());
-        for node in nodes {
+        for node in &nodes {
             self.enrollment
                 .retain_failures(node, |node, uid| translate::is_wanted(store, settings, node, uid));
         }
