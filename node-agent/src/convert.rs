@@ -6,7 +6,13 @@ use std::{net::IpAddr, sync::Arc};
 use ipnet::IpNet;
 use prost::Message;
 use weft_core::{Entry, PortMapping, Service, SpiffeId, TrustDomain, Tunnel, Workload};
-use weft_proto::{node, workload as wire};
+use weft_proto::{
+    node,
+    workload::{
+        self as wire,
+        load_balancing::{Mode, Scope},
+    },
+};
 
 #[derive(Debug, thiserror::Error)]
 pub enum ConvertError {
@@ -137,6 +143,9 @@ fn service(name: &str, s: wire::Service) -> Result<Service, ConvertError> {
         ports: ports(name, &s.ports)?,
         name: s.name.into(),
         namespace: s.namespace.into(),
+        node_local: s.load_balancing.is_some_and(|choice| {
+            choice.mode() == Mode::Strict && choice.routing_preference().any(|scope| scope == Scope::Node)
+        }),
     })
 }
 
@@ -194,6 +203,32 @@ mod tests {
         assert_eq!(w.identity.to_string(), "spiffe://cluster.local/ns/shop/sa/default");
         assert_eq!(w.addresses, ["10.0.0.1".parse::<IpAddr>().expect("valid")]);
         assert_eq!((w.tunnel, w.healthy), (Tunnel::None, true));
+    }
+
+    #[test]
+    fn a_service_may_be_for_its_node_alone() {
+        let trust = TrustDomain::new("cluster.local").expect("valid");
+        for (mode, scope, expected) in [
+            (Mode::Strict, Scope::Node, true),
+            (Mode::Failover, Scope::Node, false),
+            (Mode::Strict, Scope::Cluster, false),
+        ] {
+            let choice = wire::LoadBalancing {
+                routing_preference: vec![scope.into()],
+                mode: mode.into(),
+                ..Default::default()
+            };
+            let service = wire::Service {
+                namespace: "shop".into(),
+                hostname: "web".into(),
+                load_balancing: Some(choice),
+                ..Default::default()
+            };
+            let address = wire::Address { r#type: Some(wire::address::Type::Service(service)) };
+            let read = entry("shop/web", &address.encode_to_vec(), &trust);
+            let Ok(Entry::Service(service)) = read else { panic!("not a service") };
+            assert_eq!(service.node_local, expected, "{mode:?} {scope:?}");
+        }
     }
 
     #[test]

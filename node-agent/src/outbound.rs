@@ -108,6 +108,7 @@ async fn route(worker: &Rc<Worker>, to: SocketAddr) -> Result<Route, Refusal> {
             let found = snapshot.mesh.endpoint(
                 &service,
                 to.port(),
+                &worker.shared.config.node,
                 |n| rand::rng().random_range(0..n),
                 |w| load.get(&w.uid).copied().unwrap_or(0),
             );

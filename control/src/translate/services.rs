@@ -7,9 +7,12 @@ use weft_api::{
     EndpointSlice, Service,
     discovery::Endpoint,
     field::{IntOrString, Protocol},
-    service::ServiceType,
+    service::{InternalTrafficPolicy, ServiceType},
 };
-use weft_proto::workload::{self as wire, LoadBalancing, NetworkAddress, load_balancing};
+use weft_proto::workload::{
+    self as wire, LoadBalancing, NetworkAddress,
+    load_balancing::{HealthPolicy, Mode, Scope},
+};
 
 use super::{MeshSettings, contains, octets};
 use crate::store::{Name, Store, endpoints, referred_pod};
@@ -183,10 +186,7 @@ pub(super) fn service(
         },
         ..wire::Port::default()
     });
-    let load_balancing = service.spec.publish_not_ready_addresses.then(|| LoadBalancing {
-        health_policy: load_balancing::HealthPolicy::AllowAll.into(),
-        ..LoadBalancing::default()
-    });
+    let load_balancing = load_balancing(service);
     let wire = wire::Service {
         name: name.clone(),
         namespace: namespace.clone(),
@@ -197,6 +197,19 @@ pub(super) fn service(
         ..wire::Service::default()
     };
     Some((wire, service_problem(settings, service)))
+}
+
+/// What is not as usual about the choice of an endpoint.
+fn load_balancing(service: &Service) -> Option<LoadBalancing> {
+    let mut unusual = LoadBalancing::default();
+    if service.spec.publish_not_ready_addresses {
+        unusual.health_policy = HealthPolicy::AllowAll.into();
+    }
+    if service.spec.internal_traffic_policy == Some(InternalTrafficPolicy::Local) {
+        unusual.routing_preference = vec![Scope::Node.into()];
+        unusual.mode = Mode::Strict.into();
+    }
+    (unusual != LoadBalancing::default()).then_some(unusual)
 }
 
 fn service_problem(settings: &MeshSettings, service: &Service) -> Option<String> {

@@ -3,7 +3,10 @@
 use weft_api::Object;
 use weft_proto::{
     node::LocalWorkload,
-    workload::{Address, NetworkMode, TunnelProtocol, Workload, WorkloadStatus, WorkloadType, address},
+    workload::{
+        Address, NetworkMode, TunnelProtocol, Workload, WorkloadStatus, WorkloadType, address,
+        load_balancing::{Mode, Scope},
+    },
 };
 
 use super::{
@@ -332,6 +335,17 @@ fn readiness() {
         let translation = translated(&(pod("a", "10.1.0.2", "") + service + &slice("web-1", &endpoints)));
         assert_eq!(translation.workload("/Pod/shop/a").status(), status, "{conditions}");
     }
+}
+
+#[test]
+fn internal_traffic_policy() {
+    let choice = |policy: &str| {
+        let service = WEB.replace("ports:", &format!("internalTrafficPolicy: {policy}, ports:"));
+        translated(&service).service("shop/web.shop.svc.cluster.local").load_balancing.clone()
+    };
+    assert_eq!(choice("Cluster"), None);
+    let local = choice("Local").unwrap();
+    assert_eq!((local.mode(), local.routing_preference), (Mode::Strict, vec![Scope::Node.into()]));
 }
 
 #[test]

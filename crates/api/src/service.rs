@@ -31,6 +31,16 @@ pub struct ServiceSpec {
     pub ports: Vec<ServicePort>,
     #[serde(default, deserialize_with = "field::nullable")]
     pub publish_not_ready_addresses: bool,
+    #[serde(default)]
+    pub internal_traffic_policy: Option<InternalTrafficPolicy>,
+}
+
+/// Which endpoints callers within the cluster reach.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+pub enum InternalTrafficPolicy {
+    Cluster,
+    /// Those on the caller's own node, and nobody where there is none.
+    Local,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]

@@ -224,18 +224,21 @@ impl Mesh {
         }
     }
 
-    /// An endpoint of `service` for `port`, and the port it serves there. `load` is compared between two candidates;
-    /// `random(n)` returns a uniform number below n.
+    /// An endpoint of `service` for `port`, for a caller on `node`, and the port it serves there. `load` is compared
+    /// between two candidates; `random(n)` returns a uniform number below n.
     pub fn endpoint(
         &self,
         service: &Service,
         port: u16,
+        node: &str,
         random: impl FnMut(usize) -> usize,
         load: impl Fn(&Workload) -> u64,
     ) -> Option<(Arc<Workload>, u16)> {
         let all = &self.endpoints.get(&service.key)?.all;
         let usable = |i: usize| {
-            all[i].healthy && !all[i].addresses.is_empty() && all[i].target_port(&service.key, port).is_some()
+            let is_near = !service.node_local || &*all[i].node == node;
+            let serves = !all[i].addresses.is_empty() && all[i].target_port(&service.key, port).is_some();
+            all[i].healthy && is_near && serves
         };
         let workload = &all[balance::pick(all.len(), random, usable, |i| load(&all[i]))?];
         Some((workload.clone(), workload.target_port(&service.key, port)?))
@@ -296,6 +299,7 @@ mod tests {
             namespace: "ns".into(),
             addresses: addresses.iter().map(|a| ip(a)).collect(),
             ports: vec![PortMapping { service_port: 80, target_port: 8080 }],
+            node_local: false,
         }))
     }
 
@@ -381,9 +385,30 @@ mod tests {
                 n += 1;
                 n % len
             };
-            let (w, port) = mesh.endpoint(&s, 80, random, |_| 0).expect("an endpoint");
+            let (w, port) = mesh.endpoint(&s, 80, "n", random, |_| 0).expect("an endpoint");
             assert_eq!((&*w.name, port), ("a", 8080));
         }
-        assert!(mesh.endpoint(&s, 81, |_| 0, |_| 0).is_none());
+        assert!(mesh.endpoint(&s, 81, "n", |_| 0, |_| 0).is_none());
+    }
+
+    #[test]
+    fn a_node_local_service_has_no_endpoint_elsewhere() {
+        let on = |name: &str, address: &str, node: &str| {
+            let Entry::Workload(w) = workload(name, &[address], Tunnel::None, &[("ns/s", 80, 8080)]) else {
+                unreachable!()
+            };
+            Entry::Workload(Arc::new(Workload { node: node.into(), ..(*w).clone() }))
+        };
+        let Entry::Service(s) = service("ns/s", &["10.96.0.1"]) else { unreachable!() };
+        let local = Arc::new(Service { node_local: true, ..(*s).clone() });
+        let mut mesh = Mesh::new("");
+        let pods = [on("a", "10.0.0.1", "east"), on("b", "10.0.0.2", "west")];
+        mesh.apply(pods.into_iter().chain([Entry::Service(local.clone())]), []);
+        for first in 0..2 {
+            let (w, _) = mesh.endpoint(&local, 80, "west", |_| first, |_| 0).expect("an endpoint");
+            assert_eq!(&*w.name, "b");
+            assert!(mesh.endpoint(&s, 80, "north", |_| first, |_| 0).is_some());
+        }
+        assert!(mesh.endpoint(&local, 80, "north", |_| 0, |_| 0).is_none());
     }
 }

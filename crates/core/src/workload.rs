@@ -66,4 +66,6 @@ pub struct Service {
     pub namespace: Arc<str>,
     pub addresses: Vec<IpAddr>,
     pub ports: Vec<PortMapping>,
+    /// Only endpoints on the caller's own node are reached, as Kubernetes' `internalTrafficPolicy: Local` wants it.
+    pub node_local: bool,
 }
