@@ -98,6 +98,8 @@ pub struct Touched {
     pub slices: BTreeSet<Name>,
     /// Addresses that other pods claim than before.
     pub addresses: BTreeSet<IpAddr>,
+    /// Nodes that are elsewhere than before.
+    pub moved_nodes: BTreeSet<String>,
     /// The ranges of the cluster, its nodes' addresses, or who else claims one of these.
     pub networks: bool,
 }
@@ -199,6 +201,9 @@ impl Store {
 
     fn set_node(&mut self, name: String, new: Option<Arc<Node>>) {
         let old = set(&mut self.nodes, name.clone(), new.clone());
+        if old.as_deref().map(Node::locality) != new.as_deref().map(Node::locality) {
+            self.touched.moved_nodes.insert(name.clone());
+        }
         let addresses = |node: &Node| node.addresses().collect();
         let name = (String::new(), name);
         self.indexes.nodes_by_address.change(keys(&old, addresses), keys(&new, addresses), &name);

@@ -1,16 +1,16 @@
 //! From the control plane's wire messages to the mesh model. What cannot be understood is an error with the resource's
 //! name, never a guess.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use ipnet::IpNet;
 use prost::Message;
-use weft_core::{Entry, PortMapping, Service, SpiffeId, TrustDomain, Tunnel, Workload};
+use weft_core::{Entry, Health, Nearness, PortMapping, Service, SpiffeId, TrustDomain, Tunnel, Workload};
 use weft_proto::{
-    node,
+    extension, node,
     workload::{
         self as wire,
-        load_balancing::{Mode, Scope},
+        load_balancing::{HealthPolicy, Mode, Scope},
     },
 };
 
@@ -114,7 +114,11 @@ fn workload(name: &str, w: wire::Workload, trust_domain: &TrustDomain) -> Result
         }
     };
     let host_network = w.network_mode() == wire::NetworkMode::HostNetwork;
-    let healthy = w.status() == wire::WorkloadStatus::Healthy;
+    let health = match w.status() {
+        wire::WorkloadStatus::Healthy => Health::Ready,
+        wire::WorkloadStatus::Unhealthy if extension::is_draining(&w.extensions) => Health::Draining,
+        wire::WorkloadStatus::Unhealthy => Health::Unready,
+    };
     let mut services = Vec::with_capacity(w.services.len());
     for (key, list) in &w.services {
         services.push((key.as_str().into(), ports(name, &list.ports)?));
@@ -127,26 +131,41 @@ fn workload(name: &str, w: wire::Workload, trust_domain: &TrustDomain) -> Result
         name: w.name.into(),
         namespace: w.namespace.into(),
         node: w.node.into(),
+        zone: w.locality.map(|at| at.zone).unwrap_or_default().into(),
         network: w.network.into(),
         host_network,
         addresses: w.addresses.iter().map(|a| self::address(name, a)).collect::<Result<_, _>>()?,
         tunnel,
-        healthy,
+        health,
         services,
     })
 }
 
 fn service(name: &str, s: wire::Service) -> Result<Service, ConvertError> {
+    let traits = extension::traits(&s.extensions).map_err(|e| invalid(name, e))?;
+    let seconds = u64::from(traits.client_affinity_seconds);
+    let choice = s.load_balancing.unwrap_or_default();
     Ok(Service {
         key: format!("{}/{}", s.namespace, s.hostname).into(),
         addresses: s.addresses.iter().map(|a| address(name, &a.address)).collect::<Result<_, _>>()?,
         ports: ports(name, &s.ports)?,
         name: s.name.into(),
         namespace: s.namespace.into(),
-        node_local: s.load_balancing.is_some_and(|choice| {
-            choice.mode() == Mode::Strict && choice.routing_preference().any(|scope| scope == Scope::Node)
-        }),
+        nearness: nearness(&choice),
+        accepts_unready: choice.health_policy() == HealthPolicy::AllowAll,
+        affinity: (seconds > 0).then(|| Duration::from_secs(seconds)),
     })
+}
+
+/// The wire ranks endpoints by how many scopes, from the first on, they share with the caller.
+fn nearness(choice: &wire::LoadBalancing) -> Nearness {
+    let wants = |scope| choice.routing_preference().any(|wanted| wanted == scope);
+    match choice.mode() {
+        Mode::Strict if wants(Scope::Node) => Nearness::OnlyNode,
+        Mode::Failover if wants(Scope::Node) => Nearness::PreferNode,
+        Mode::Failover if wants(Scope::Zone) => Nearness::PreferZone,
+        _ => Nearness::Any,
+    }
 }
 
 /// Reads a `weft.node.v1.LocalWorkload`.
@@ -202,32 +221,64 @@ mod tests {
         let Ok(Entry::Workload(w)) = read(pod(), "c//Pod/shop/web") else { panic!("not a workload") };
         assert_eq!(w.identity.to_string(), "spiffe://cluster.local/ns/shop/sa/default");
         assert_eq!(w.addresses, ["10.0.0.1".parse::<IpAddr>().expect("valid")]);
-        assert_eq!((w.tunnel, w.healthy), (Tunnel::None, true));
+        assert_eq!((w.tunnel, w.health), (Tunnel::None, Health::Ready));
+    }
+
+    fn read_service(service: wire::Service) -> Result<Service, ConvertError> {
+        let service = wire::Service { namespace: "shop".into(), hostname: "web".into(), ..service };
+        let address = wire::Address { r#type: Some(wire::address::Type::Service(service)) };
+        let trust = TrustDomain::new("cluster.local").expect("valid");
+        let Entry::Service(service) = entry("shop/web", &address.encode_to_vec(), &trust)? else {
+            panic!("not a service")
+        };
+        Ok((*service).clone())
     }
 
     #[test]
-    fn a_service_may_be_for_its_node_alone() {
-        let trust = TrustDomain::new("cluster.local").expect("valid");
-        for (mode, scope, expected) in [
-            (Mode::Strict, Scope::Node, true),
-            (Mode::Failover, Scope::Node, false),
-            (Mode::Strict, Scope::Cluster, false),
+    fn which_endpoints_a_service_prefers() {
+        for (mode, scopes, expected) in [
+            (Mode::UnspecifiedMode, &[][..], Nearness::Any),
+            (Mode::Strict, &[Scope::Node], Nearness::OnlyNode),
+            (Mode::Failover, &[Scope::Zone], Nearness::PreferZone),
+            (Mode::Failover, &[Scope::Zone, Scope::Node], Nearness::PreferNode),
+            (Mode::Failover, &[Scope::Network], Nearness::Any),
         ] {
             let choice = wire::LoadBalancing {
-                routing_preference: vec![scope.into()],
+                routing_preference: scopes.iter().map(|scope| (*scope).into()).collect(),
                 mode: mode.into(),
                 ..Default::default()
             };
-            let service = wire::Service {
-                namespace: "shop".into(),
-                hostname: "web".into(),
-                load_balancing: Some(choice),
-                ..Default::default()
+            let service = wire::Service { load_balancing: Some(choice), ..Default::default() };
+            assert_eq!(read_service(service).expect("valid").nearness, expected, "{mode:?} {scopes:?}");
+        }
+    }
+
+    #[test]
+    fn what_extensions_say() {
+        let traits = weft_proto::service::ServiceTraits { client_affinity_seconds: 60 };
+        let mut service = wire::Service {
+            extensions: extension::from_traits(&traits).into_iter().collect(),
+            ..Default::default()
+        };
+        let affinity = |service: &wire::Service| read_service(service.clone()).map(|s| s.affinity);
+        assert_eq!(affinity(&service).expect("valid"), Some(Duration::from_secs(60)));
+        service.extensions[0].name = "somebody.else/service".into();
+        assert_eq!(affinity(&service).expect("valid"), None);
+        service.extensions[0].name = "weft.dev/service".into();
+        service.extensions[0].config.as_mut().expect("there").value = vec![0xff];
+        assert!(affinity(&service).is_err());
+
+        for (status, extensions, expected) in [
+            (0, vec![], Health::Ready),
+            (1, vec![], Health::Unready),
+            (1, vec![extension::draining()], Health::Draining),
+        ] {
+            let Ok(Entry::Workload(w)) =
+                read(wire::Workload { status, extensions, ..pod() }, "c//Pod/shop/web")
+            else {
+                panic!("not a workload")
             };
-            let address = wire::Address { r#type: Some(wire::address::Type::Service(service)) };
-            let read = entry("shop/web", &address.encode_to_vec(), &trust);
-            let Ok(Entry::Service(service)) = read else { panic!("not a service") };
-            assert_eq!(service.node_local, expected, "{mode:?} {scope:?}");
+            assert_eq!(w.health, expected);
         }
     }
 

@@ -170,7 +170,8 @@ impl Views {
                 "node": &*w.node,
                 "addresses": w.addresses,
                 "tunnel": format!("{:?}", w.tunnel),
-                "healthy": w.healthy,
+                "health": format!("{:?}", w.health),
+                "zone": &*w.zone,
                 "services": w.services.iter().map(|(key, _)| &**key).collect::<Vec<_>>(),
             })),
             weft_core::Entry::Service(_) => None,
@@ -180,6 +181,8 @@ impl Views {
                 "key": &*s.key,
                 "addresses": s.addresses,
                 "ports": s.ports.iter().map(|p| p.service_port).collect::<Vec<_>>(),
+                "nearness": format!("{:?}", s.nearness),
+                "affinity_seconds": s.affinity.map(|time| time.as_secs()),
             })),
             weft_core::Entry::Workload(_) => None,
         });

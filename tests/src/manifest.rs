@@ -36,8 +36,18 @@ pub struct ServiceManifest {
     pub v6: Ipv6Addr,
     pub port: u16,
     pub target_port: u16,
-    /// Name and addresses of each pod behind it.
-    pub endpoints: Vec<(String, [IpAddr; 2])>,
+    /// What else its spec says, as fields of an object.
+    pub spec: Value,
+    pub endpoints: Vec<Endpoint>,
+}
+
+/// A pod behind a Service.
+#[derive(Clone, Debug)]
+pub struct Endpoint {
+    pub pod: String,
+    pub addresses: [IpAddr; 2],
+    /// Conditions, as an EndpointSlice has them.
+    pub conditions: Value,
 }
 
 /// A directory of manifests.
@@ -122,9 +132,17 @@ impl Directory {
         self.write_documents(&Self::pod_file(&pod.namespace, &pod.name), &[document])
     }
 
+    /// Writes a Node that is in `zone`.
+    pub fn node(&self, name: &str, zone: &str) -> Result<()> {
+        let labels = json!({"topology.kubernetes.io/zone": zone});
+        let metadata = json!({"name": name, "labels": labels});
+        let document = json!({"apiVersion": "v1", "kind": "Node", "metadata": metadata});
+        self.write_documents(&format!("node-{name}.yaml"), &[document])
+    }
+
     /// Writes a Service and one EndpointSlice for each address family.
     pub fn service(&self, service: &ServiceManifest) -> Result<()> {
-        let mut documents = vec![json!({
+        let mut document = json!({
             "apiVersion": "v1",
             "kind": "Service",
             "metadata": {"name": service.name, "namespace": service.namespace},
@@ -135,16 +153,20 @@ impl Directory {
                 "ipFamilies": ["IPv4", "IPv6"],
                 "ports": [{"name": "main", "port": service.port, "targetPort": service.target_port, "protocol": "TCP"}],
             },
-        })];
+        });
+        for (field, value) in service.spec.as_object().into_iter().flatten() {
+            document["spec"][field] = value.clone();
+        }
+        let mut documents = vec![document];
         for (family, at) in [("IPv4", 0), ("IPv6", 1)] {
             let endpoints: Vec<_> = service
                 .endpoints
                 .iter()
-                .map(|(pod, addresses)| {
+                .map(|endpoint| {
                     json!({
-                        "addresses": [addresses[at]],
-                        "conditions": {"ready": true},
-                        "targetRef": {"kind": "Pod", "name": pod, "namespace": service.namespace},
+                        "addresses": [endpoint.addresses[at]],
+                        "conditions": endpoint.conditions,
+                        "targetRef": {"kind": "Pod", "name": endpoint.pod, "namespace": service.namespace},
                     })
                 })
                 .collect();

@@ -2,7 +2,7 @@
 //! translation itself is in the pure functions of `workloads`, `services` and `networks`; here is only who depends on whom:
 //!
 //! ```text
-//! namespace ──► its pods
+//! namespace ──► its pods                                             zone of a node ──► its pods
 //! pod ──► slices that refer to it, or name an address it claims      node, service CIDR ──► networks
 //! service ──► its slices                                             networks ──► problems of pods and services
 //! slice ──► pods and other endpoints that it says something else of
@@ -137,6 +137,8 @@ impl Translator {
     ) -> Changes {
         let mut dirty = Dirty { pods: pods_of(store, touched), ..Dirty::default() };
         dirty.pods.extend(changed.iter().filter_map(|uid| self.settings.pod_of(uid)));
+        let moved = touched.moved_nodes.iter().flat_map(|node| store.indexes.pods_by_node.get(node));
+        dirty.pods.extend(moved.cloned());
         dirty.services.extend(touched.services.iter().cloned());
         for name in slices_of(store, touched) {
             self.translate_slice(store, name, &mut dirty);

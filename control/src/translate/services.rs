@@ -7,11 +7,17 @@ use weft_api::{
     EndpointSlice, Service,
     discovery::Endpoint,
     field::{IntOrString, Protocol},
-    service::{InternalTrafficPolicy, ServiceType},
+    service::{
+        InternalTrafficPolicy, PREFER_CLOSE, PREFER_SAME_NODE, PREFER_SAME_ZONE, ServiceSpec, ServiceType,
+    },
 };
-use weft_proto::workload::{
-    self as wire, LoadBalancing, NetworkAddress,
-    load_balancing::{HealthPolicy, Mode, Scope},
+use weft_proto::{
+    extension,
+    service::ServiceTraits,
+    workload::{
+        self as wire, LoadBalancing, NetworkAddress,
+        load_balancing::{HealthPolicy, Mode, Scope},
+    },
 };
 
 use super::{MeshSettings, contains, octets};
@@ -37,17 +43,22 @@ pub(super) struct Served {
     pub ports: BTreeMap<u16, u16>,
 }
 
-/// What a slice says of one endpoint.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub(super) struct EndpointState {
+/// What a slice says of one endpoint. In order, the best first.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum EndpointState {
+    #[default]
+    Ready,
+    /// Ending; serves where nobody else does.
+    Draining,
     /// Not to be sent anything now.
-    pub unready: bool,
+    Unready,
 }
 
 /// An endpoint that is no pod (a machine outside the cluster), or a pod on its node's network.
 #[derive(Debug, PartialEq)]
 pub(super) struct OtherEndpoint {
     pub node: String,
+    pub zone: String,
     /// A pod that has only its node's address.
     pub host_network: bool,
     pub state: EndpointState,
@@ -58,8 +69,8 @@ pub(super) struct OtherEndpoint {
 pub(super) struct Membership {
     /// By service key, service port to target port.
     pub services: BTreeMap<String, BTreeMap<u16, u16>>,
-    /// Some service says it is not ready.
-    pub unready: bool,
+    /// The worst that any service says.
+    pub state: EndpointState,
 }
 
 impl Membership {
@@ -67,7 +78,7 @@ impl Membership {
     pub fn add(&mut self, served: Option<&Served>, state: EndpointState) {
         let Some(Served { service, ports }) = served else { return };
         self.services.entry(service.clone()).or_default().extend(ports);
-        self.unready |= state.unready;
+        self.state = self.state.max(state);
     }
 }
 
@@ -103,19 +114,24 @@ pub(super) fn slice(store: &Store, settings: &MeshSettings, name: &Name) -> Opti
             Target::Pod(pod) => translated.pods.entry(pod).or_default(),
             Target::Other { host_network } => {
                 let node = endpoint.node_name.clone().unwrap_or_default();
-                let other = OtherEndpoint { node, host_network, state: EndpointState::default() };
+                let zone = endpoint.zone.clone().unwrap_or_default();
+                let other = OtherEndpoint { node, zone, host_network, state: EndpointState::default() };
                 &mut translated.others.entry(address).or_insert(other).state
             }
         };
         // A slice may name a pod twice, by two addresses.
-        state.unready |= said.unready;
+        *state = said.max(*state);
     }
     Some(translated)
 }
 
 fn endpoint_state(service: Option<&Service>, endpoint: &Endpoint) -> EndpointState {
     let lenient = service.is_some_and(|service| service.spec.publish_not_ready_addresses);
-    EndpointState { unready: !endpoint.is_ready() && !lenient }
+    match endpoint {
+        endpoint if endpoint.is_ready() || lenient => EndpointState::Ready,
+        endpoint if endpoint.is_draining() => EndpointState::Draining,
+        _ => EndpointState::Unready,
+    }
 }
 
 /// What is wrong with an address: that two live pods claim it. It is nobody's then.
@@ -186,29 +202,39 @@ pub(super) fn service(
         },
         ..wire::Port::default()
     });
-    let load_balancing = load_balancing(service);
+    let traits = ServiceTraits { client_affinity_seconds: service.client_affinity().unwrap_or_default() };
     let wire = wire::Service {
         name: name.clone(),
         namespace: namespace.clone(),
         hostname: settings.hostname(namespace, name),
         addresses: addresses.collect(),
         ports: ports.collect(),
-        load_balancing,
+        load_balancing: load_balancing(&service.spec),
+        extensions: extension::from_traits(&traits).into_iter().collect(),
         ..wire::Service::default()
     };
     Some((wire, service_problem(settings, service)))
 }
 
-/// What is not as usual about the choice of an endpoint.
-fn load_balancing(service: &Service) -> Option<LoadBalancing> {
-    let mut unusual = LoadBalancing::default();
-    if service.spec.publish_not_ready_addresses {
-        unusual.health_policy = HealthPolicy::AllowAll.into();
-    }
-    if service.spec.internal_traffic_policy == Some(InternalTrafficPolicy::Local) {
-        unusual.routing_preference = vec![Scope::Node.into()];
-        unusual.mode = Mode::Strict.into();
-    }
+/// What is not as usual about the choice of an endpoint. Endpoints rank by how many of the scopes, from the first on,
+/// they share with the caller.
+fn load_balancing(spec: &ServiceSpec) -> Option<LoadBalancing> {
+    let local = spec.internal_traffic_policy == Some(InternalTrafficPolicy::Local);
+    let (mode, scopes) = match spec.traffic_distribution.as_deref() {
+        _ if local => (Mode::Strict, &[Scope::Node][..]),
+        Some(PREFER_CLOSE | PREFER_SAME_ZONE) => (Mode::Failover, &[Scope::Zone][..]),
+        Some(PREFER_SAME_NODE) => (Mode::Failover, &[Scope::Zone, Scope::Node][..]),
+        _ => (Mode::UnspecifiedMode, &[][..]),
+    };
+    let health_policy = match spec.publish_not_ready_addresses {
+        true => HealthPolicy::AllowAll,
+        false => HealthPolicy::OnlyHealthy,
+    };
+    let unusual = LoadBalancing {
+        routing_preference: scopes.iter().map(|scope| (*scope).into()).collect(),
+        mode: mode.into(),
+        health_policy: health_policy.into(),
+    };
     (unusual != LoadBalancing::default()).then_some(unusual)
 }
 

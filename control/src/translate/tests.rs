@@ -2,10 +2,11 @@
 
 use weft_api::Object;
 use weft_proto::{
+    extension,
     node::LocalWorkload,
     workload::{
-        Address, NetworkMode, TunnelProtocol, Workload, WorkloadStatus, WorkloadType, address,
-        load_balancing::{Mode, Scope},
+        self as wire, Address, NetworkMode, TunnelProtocol, Workload, WorkloadStatus, WorkloadType, address,
+        load_balancing::{HealthPolicy, Mode, Scope},
     },
 };
 
@@ -329,23 +330,66 @@ fn readiness() {
         (WEB, "{ready: true}", WorkloadStatus::Healthy),
         (WEB, "{ready: null}", WorkloadStatus::Healthy),
         (WEB, "{ready: false}", WorkloadStatus::Unhealthy),
+        (WEB, "{ready: false, serving: true, terminating: true}", WorkloadStatus::Unhealthy),
         (&lenient, "{ready: false}", WorkloadStatus::Healthy),
     ] {
         let endpoints = format!("[{{addresses: [10.1.0.2], conditions: {conditions}}}]");
         let translation = translated(&(pod("a", "10.1.0.2", "") + service + &slice("web-1", &endpoints)));
-        assert_eq!(translation.workload("/Pod/shop/a").status(), status, "{conditions}");
+        let workload = translation.workload("/Pod/shop/a");
+        assert_eq!(workload.status(), status, "{conditions}");
+        assert_eq!(extension::is_draining(&workload.extensions), conditions.contains("serving: true"));
+    }
+}
+
+/// The Service of [`WEB`] with something more in its spec.
+fn web_with(more: &str) -> wire::Service {
+    let service = WEB.replace("ports:", &format!("{more}, ports:"));
+    translated(&service).service("shop/web.shop.svc.cluster.local").clone()
+}
+
+#[test]
+fn which_endpoints_are_preferred() {
+    let (zone, node) = (Scope::Zone.into(), Scope::Node.into());
+    for (spec, expected) in [
+        ("internalTrafficPolicy: Cluster", None),
+        ("internalTrafficPolicy: Local", Some((Mode::Strict, vec![node]))),
+        ("trafficDistribution: PreferClose", Some((Mode::Failover, vec![zone]))),
+        ("trafficDistribution: PreferSameZone", Some((Mode::Failover, vec![zone]))),
+        ("trafficDistribution: PreferSameNode", Some((Mode::Failover, vec![zone, node]))),
+        ("trafficDistribution: PreferSomethingNew", None),
+        ("trafficDistribution: PreferClose, internalTrafficPolicy: Local", Some((Mode::Strict, vec![node]))),
+    ] {
+        let choice = web_with(spec).load_balancing;
+        assert_eq!(choice.map(|c| (c.mode(), c.routing_preference)), expected, "{spec}");
+    }
+    let lenient = web_with("publishNotReadyAddresses: true").load_balancing.unwrap();
+    assert_eq!(lenient.health_policy(), HealthPolicy::AllowAll);
+}
+
+#[test]
+fn session_affinity() {
+    for (spec, seconds) in [
+        ("sessionAffinity: None", 0),
+        ("sessionAffinity: ClientIP", 10_800),
+        ("sessionAffinity: ClientIP, sessionAffinityConfig: {clientIP: {timeoutSeconds: 30}}", 30),
+    ] {
+        let traits = extension::traits(&web_with(spec).extensions).unwrap();
+        assert_eq!(traits.client_affinity_seconds, seconds, "{spec}");
     }
 }
 
 #[test]
-fn internal_traffic_policy() {
-    let choice = |policy: &str| {
-        let service = WEB.replace("ports:", &format!("internalTrafficPolicy: {policy}, ports:"));
-        translated(&service).service("shop/web.shop.svc.cluster.local").load_balancing.clone()
+fn a_pod_is_where_its_node_is() {
+    let node = |labels: &str| {
+        format!("---\napiVersion: v1\nkind: Node\nmetadata: {{name: n1, labels: {{{labels}}}}}\n")
     };
-    assert_eq!(choice("Cluster"), None);
-    let local = choice("Local").unwrap();
-    assert_eq!((local.mode(), local.routing_preference), (Mode::Strict, vec![Scope::Node.into()]));
+    let locality = |labels: &str| {
+        let translation = translated(&(node(labels) + &pod("a", "10.1.0.2", "")));
+        translation.workload("/Pod/shop/a").locality.clone().map(|at| (at.region, at.zone))
+    };
+    assert_eq!(locality(""), None);
+    let both = locality("topology.kubernetes.io/region: r, topology.kubernetes.io/zone: z");
+    assert_eq!(both, Some(("r".to_owned(), "z".to_owned())));
 }
 
 #[test]

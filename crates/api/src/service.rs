@@ -33,6 +33,13 @@ pub struct ServiceSpec {
     pub publish_not_ready_addresses: bool,
     #[serde(default)]
     pub internal_traffic_policy: Option<InternalTrafficPolicy>,
+    /// Which endpoints are preferred; what Weft does not know counts as none.
+    #[serde(default)]
+    pub traffic_distribution: Option<String>,
+    #[serde(default)]
+    pub session_affinity: Option<SessionAffinity>,
+    #[serde(default, deserialize_with = "field::nullable")]
+    pub session_affinity_config: SessionAffinityConfig,
 }
 
 /// Which endpoints callers within the cluster reach.
@@ -41,6 +48,32 @@ pub enum InternalTrafficPolicy {
     Cluster,
     /// Those on the caller's own node, and nobody where there is none.
     Local,
+}
+
+/// Values of [`ServiceSpec::traffic_distribution`]. The first two are the same.
+pub const PREFER_CLOSE: &str = "PreferClose";
+pub const PREFER_SAME_ZONE: &str = "PreferSameZone";
+pub const PREFER_SAME_NODE: &str = "PreferSameNode";
+
+/// Whether a caller is given the same endpoint again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+pub enum SessionAffinity {
+    None,
+    ClientIP,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+pub struct SessionAffinityConfig {
+    #[serde(default, rename = "clientIP", deserialize_with = "field::nullable")]
+    pub client_ip: ClientIpConfig,
+}
+
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct ClientIpConfig {
+    /// How long after its last connection. Absent means three hours.
+    #[serde(default)]
+    pub timeout_seconds: Option<u32>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
@@ -93,6 +126,13 @@ impl Service {
             }
         }
         addresses
+    }
+
+    /// How many seconds after its last connection a caller is still given the same endpoint; None without affinity.
+    pub fn client_affinity(&self) -> Option<u32> {
+        const THREE_HOURS: u32 = 10_800;
+        let wanted = self.spec.session_affinity == Some(SessionAffinity::ClientIP);
+        wanted.then(|| self.spec.session_affinity_config.client_ip.timeout_seconds.unwrap_or(THREE_HOURS))
     }
 
     pub fn tcp_ports(&self) -> impl Iterator<Item = &ServicePort> {

@@ -12,8 +12,8 @@ use std::{
 use imbl::{HashMap, Vector};
 
 use crate::{
-    balance,
-    workload::{Service, Tunnel, Workload},
+    endpoints::{Caller, Endpoints},
+    workload::{Health, Nearness, Service, Tunnel, Workload},
 };
 
 /// One resource of the mesh-wide state.
@@ -54,13 +54,6 @@ pub enum Destination {
     /// Claimed by more than one workload or service; nobody gets its identity.
     Conflict,
     Unknown,
-}
-
-/// The endpoints of one service.
-#[derive(Debug, Clone, Default)]
-struct Endpoints {
-    all: Vector<Arc<Workload>>,
-    enrolled: usize,
 }
 
 /// A snapshot of every workload and service of the agent's own network.
@@ -123,9 +116,7 @@ impl Mesh {
                     }
                 }
                 for (service, _) in &w.services {
-                    let endpoints = self.endpoints.entry(service.clone()).or_default();
-                    endpoints.all.push_back(w.clone());
-                    endpoints.enrolled += usize::from(w.tunnel == Tunnel::Hbone);
+                    self.endpoints.entry(service.clone()).or_default().insert(w.clone());
                     touched.insert(Touched::Service(service.clone()));
                 }
             }
@@ -148,9 +139,8 @@ impl Mesh {
                 }
                 for (service, _) in &w.services {
                     if let Some(endpoints) = self.endpoints.get_mut(service) {
-                        endpoints.all.retain(|e| e.uid != w.uid);
-                        endpoints.enrolled -= usize::from(w.tunnel == Tunnel::Hbone);
-                        if endpoints.all.is_empty() {
+                        endpoints.remove(&w);
+                        if endpoints.is_empty() {
                             self.endpoints.remove(service);
                         }
                     }
@@ -197,7 +187,7 @@ impl Mesh {
             Destination::Unknown => AddressKind::Unknown,
             Destination::Conflict => AddressKind::Meshed,
             Destination::Workload(w) if w.tunnel == Tunnel::Hbone => AddressKind::Enrolled,
-            Destination::Service(s) if self.endpoints.get(&s.key).is_some_and(|e| e.enrolled > 0) => {
+            Destination::Service(s) if self.endpoints.get(&s.key).is_some_and(Endpoints::has_enrolled) => {
                 AddressKind::Meshed
             }
             Destination::Workload(_) | Destination::Service(_) => AddressKind::Unmeshed,
@@ -224,24 +214,32 @@ impl Mesh {
         }
     }
 
-    /// An endpoint of `service` for `port`, for a caller on `node`, and the port it serves there. `load` is compared
-    /// between two candidates; `random(n)` returns a uniform number below n.
+    /// An endpoint of `service` for `port`, and the port it serves there. `load` is compared between two candidates;
+    /// `random(n)` returns a uniform number below n.
     pub fn endpoint(
         &self,
         service: &Service,
         port: u16,
-        node: &str,
+        caller: Caller<'_>,
         random: impl FnMut(usize) -> usize,
         load: impl Fn(&Workload) -> u64,
     ) -> Option<(Arc<Workload>, u16)> {
-        let all = &self.endpoints.get(&service.key)?.all;
-        let usable = |i: usize| {
-            let is_near = !service.node_local || &*all[i].node == node;
-            let serves = !all[i].addresses.is_empty() && all[i].target_port(&service.key, port).is_some();
-            all[i].healthy && is_near && serves
-        };
-        let workload = &all[balance::pick(all.len(), random, usable, |i| load(&all[i]))?];
-        Some((workload.clone(), workload.target_port(&service.key, port)?))
+        self.endpoints.get(&service.key)?.choose(service, port, caller, random, load)
+    }
+
+    /// As [`endpoint`](Self::endpoint), but the workload `uid` and nobody else, if it may still be given to the caller.
+    pub fn endpoint_again(
+        &self,
+        service: &Service,
+        port: u16,
+        caller: Caller<'_>,
+        uid: &str,
+    ) -> Option<(Arc<Workload>, u16)> {
+        let workload = self.workload(uid)?;
+        let is_near = service.nearness != Nearness::OnlyNode || &*workload.node == caller.node;
+        let is_well = workload.health == Health::Ready || service.accepts_unready;
+        let port = workload.target_port(&service.key, port)?;
+        (is_near && is_well && !workload.addresses.is_empty()).then(|| (workload.clone(), port))
     }
 }
 
@@ -278,11 +276,12 @@ mod tests {
             workload_name: name.into(),
             identity: SpiffeId::new(trust, "ns", name).expect("valid"),
             node: "n".into(),
+            zone: "".into(),
             network: "".into(),
             host_network: false,
             addresses: addresses.iter().map(|a| ip(a)).collect(),
             tunnel,
-            healthy: true,
+            health: Health::Ready,
             services: services
                 .iter()
                 .map(|&(s, service_port, target_port)| {
@@ -299,7 +298,9 @@ mod tests {
             namespace: "ns".into(),
             addresses: addresses.iter().map(|a| ip(a)).collect(),
             ports: vec![PortMapping { service_port: 80, target_port: 8080 }],
-            node_local: false,
+            nearness: Nearness::Any,
+            accepts_unready: false,
+            affinity: None,
         }))
     }
 
@@ -374,41 +375,45 @@ mod tests {
                 service("ns/s", &["10.96.0.1"]),
                 workload("a", &["10.0.0.1"], Tunnel::None, &[("ns/s", 80, 8080)]),
                 workload("other", &["10.0.0.2"], Tunnel::None, &[("ns/s", 443, 8443)]),
-                Entry::Workload(Arc::new(Workload { healthy: false, ..(*sick).clone() })),
+                Entry::Workload(Arc::new(Workload { health: Health::Unready, ..(*sick).clone() })),
             ],
             [],
         );
         let Destination::Service(s) = mesh.destination(ip("10.96.0.1")) else { panic!("no service") };
+        let here = Caller { node: "n", zone: "" };
         let mut n = 0;
         for _ in 0..100 {
             let random = |len: usize| {
                 n += 1;
                 n % len
             };
-            let (w, port) = mesh.endpoint(&s, 80, "n", random, |_| 0).expect("an endpoint");
+            let (w, port) = mesh.endpoint(&s, 80, here, random, |_| 0).expect("an endpoint");
             assert_eq!((&*w.name, port), ("a", 8080));
         }
-        assert!(mesh.endpoint(&s, 81, "n", |_| 0, |_| 0).is_none());
+        assert!(mesh.endpoint(&s, 81, here, |_| 0, |_| 0).is_none());
     }
 
     #[test]
-    fn a_node_local_service_has_no_endpoint_elsewhere() {
-        let on = |name: &str, address: &str, node: &str| {
-            let Entry::Workload(w) = workload(name, &[address], Tunnel::None, &[("ns/s", 80, 8080)]) else {
-                unreachable!()
-            };
-            Entry::Workload(Arc::new(Workload { node: node.into(), ..(*w).clone() }))
-        };
-        let Entry::Service(s) = service("ns/s", &["10.96.0.1"]) else { unreachable!() };
-        let local = Arc::new(Service { node_local: true, ..(*s).clone() });
+    fn the_same_endpoint_again_while_it_may_be_given() {
         let mut mesh = Mesh::new("");
-        let pods = [on("a", "10.0.0.1", "east"), on("b", "10.0.0.2", "west")];
-        mesh.apply(pods.into_iter().chain([Entry::Service(local.clone())]), []);
-        for first in 0..2 {
-            let (w, _) = mesh.endpoint(&local, 80, "west", |_| first, |_| 0).expect("an endpoint");
-            assert_eq!(&*w.name, "b");
-            assert!(mesh.endpoint(&s, 80, "north", |_| first, |_| 0).is_some());
-        }
-        assert!(mesh.endpoint(&local, 80, "north", |_| 0, |_| 0).is_none());
+        let Entry::Workload(a) = workload("a", &["10.0.0.1"], Tunnel::None, &[("ns/s", 80, 8080)]) else {
+            unreachable!()
+        };
+        mesh.apply([Entry::Workload(a.clone())], []);
+        let Entry::Service(any) = service("ns/s", &["10.96.0.1"]) else { unreachable!() };
+        let local = Service { nearness: Nearness::OnlyNode, ..(*any).clone() };
+        let (here, elsewhere) = (Caller { node: "n", zone: "" }, Caller { node: "m", zone: "" });
+        let again = |mesh: &Mesh, service: &Service, port, caller| {
+            mesh.endpoint_again(service, port, caller, "c//Pod/ns/a").map(|(_, port)| port)
+        };
+        assert_eq!(again(&mesh, &any, 80, elsewhere), Some(8080));
+        assert_eq!(again(&mesh, &any, 81, here), None);
+        assert_eq!(again(&mesh, &local, 80, here), Some(8080));
+        assert_eq!(again(&mesh, &local, 80, elsewhere), None);
+        mesh.apply([Entry::Workload(Arc::new(Workload { health: Health::Unready, ..(*a).clone() }))], []);
+        assert_eq!(again(&mesh, &any, 80, here), None);
+        assert_eq!(again(&mesh, &Service { accepts_unready: true, ..(*any).clone() }, 80, here), Some(8080));
+        mesh.apply([], ["c//Pod/ns/a".into()]);
+        assert_eq!(again(&mesh, &any, 80, here), None);
     }
 }

@@ -1,6 +1,6 @@
 //! What the mesh knows of one workload and of one service.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use crate::SpiffeId;
 
@@ -11,6 +11,29 @@ pub enum Tunnel {
     None,
     /// Enrolled and announced: by tunnel on [`crate::TUNNEL_PORT`], and never otherwise.
     Hbone,
+}
+
+/// Whether a workload is to be given connections that services take. In order, the best first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Health {
+    Ready,
+    /// Ending, and still serving.
+    Draining,
+    Unready,
+}
+
+/// Which endpoints of a service a caller is given.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Nearness {
+    /// All alike.
+    #[default]
+    Any,
+    /// Those of the caller's zone as long as one serves, else any.
+    PreferZone,
+    /// Those of the caller's node as long as one serves, else of its zone, else any.
+    PreferNode,
+    /// Those of the caller's node and nobody else: `internalTrafficPolicy: Local`.
+    OnlyNode,
 }
 
 /// A service's port and where one endpoint serves it.
@@ -32,13 +55,15 @@ pub struct Workload {
     pub workload_name: Arc<str>,
     pub identity: SpiffeId,
     pub node: Arc<str>,
+    /// The node's failure domain, such as a data centre. Empty where it has none.
+    pub zone: Arc<str>,
     /// Networks that do not route to each other have different names; addresses may recur between them.
     pub network: Arc<str>,
     /// Shares its node's addresses, so it is never enrolled and no address leads to it.
     pub host_network: bool,
     pub addresses: Vec<IpAddr>,
     pub tunnel: Tunnel,
-    pub healthy: bool,
+    pub health: Health,
     /// The services it is an endpoint of, by key.
     pub services: Vec<(Arc<str>, Vec<PortMapping>)>,
 }
@@ -48,6 +73,11 @@ impl Workload {
     pub fn target_port(&self, service: &str, port: u16) -> Option<u16> {
         let (_, ports) = self.services.iter().find(|(key, _)| &**key == service)?;
         ports.iter().find(|p| p.service_port == port).map(|p| p.target_port)
+    }
+
+    /// Whether it can be sent what is for `port` of `service`.
+    pub fn serves(&self, service: &str, port: u16) -> bool {
+        !self.addresses.is_empty() && self.target_port(service, port).is_some()
     }
 
     /// Its address of the same family as `like`, else any.
@@ -66,6 +96,9 @@ pub struct Service {
     pub namespace: Arc<str>,
     pub addresses: Vec<IpAddr>,
     pub ports: Vec<PortMapping>,
-    /// Only endpoints on the caller's own node are reached, as Kubernetes' `internalTrafficPolicy: Local` wants it.
-    pub node_local: bool,
+    pub nearness: Nearness,
+    /// Endpoints are reached whether they are ready or not: `publishNotReadyAddresses`.
+    pub accepts_unready: bool,
+    /// How long after its last connection a caller is still given the same endpoint: `sessionAffinity: ClientIP`.
+    pub affinity: Option<Duration>,
 }

@@ -25,6 +25,13 @@ pub mod node {
     tonic::include_proto!("weft.node.v1");
 }
 
+/// What [`workload`] has no field for.
+pub mod service {
+    tonic::include_proto!("weft.service.v1");
+}
+
+pub mod extension;
+
 /// Type URLs of the resources that travel over delta xDS.
 pub mod type_url {
     /// [`crate::workload::Address`], the same for every node.

@@ -17,6 +17,7 @@ mod outside;
 mod races;
 mod rogue;
 mod runner;
+mod services;
 mod shop;
 mod streams;
 mod traffic;
@@ -50,6 +51,7 @@ fn all() -> Vec<Scenario> {
         bed::SCENARIOS,
         cni::SCENARIOS,
         traffic::SCENARIOS,
+        services::SCENARIOS,
         streams::SCENARIOS,
         escape::SCENARIOS,
         failure::SCENARIOS,
