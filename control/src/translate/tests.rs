@@ -381,7 +381,7 @@ fn session_affinity() {
 #[test]
 fn a_pod_is_where_its_node_is() {
     let node = |labels: &str| {
-        format!("---\napiVersion: v1\nkind: Node\nmetadata: {{name: n1, labels: {{{labels}}}}}\n")
+        format!("---\napiVersion: v1\nkind: Node\nmetadata: {{name: n1, labels: {{{labels}}}}}\n---\n")
     };
     let locality = |labels: &str| {
         let translation = translated(&(node(labels) + &pod("a", "10.1.0.2", "")));
