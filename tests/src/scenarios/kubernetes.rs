@@ -297,11 +297,20 @@ fn check_records(kube: &KubeCluster) -> Result<()> {
 
 fn birth(cluster: Builder) -> Result<()> {
     let kube = start(&cluster)?;
+    // The network of one node is one plugin alone, that of the other a list.
+    let east = kube.node("east")?;
+    let ranges = kube.field("", "node/east", ".spec.podCIDRs[*]")?;
+    let ranges: Vec<_> = ranges.split_whitespace().collect();
+    east.write_cni("10-test.conf", &ranges)?;
+    east.run("rm", &["/etc/cni/net.d/10-test.conflist"])?;
+    let lone = east.run("cat", &["/etc/cni/net.d/10-test.conf"])?;
     let page = marker("birth");
     open_shop(&kube, &page)?;
     install(&kube)?;
     let installed = |node: &str| -> Result<bool> {
-        Ok(kube.node(node)?.run("cat", &["/etc/cni/net.d/10-test.conflist"])?.contains("weft-cni"))
+        let used =
+            "cd /etc/cni/net.d && LC_ALL=C ls | grep -E '[.](conf|conflist|json)$' | head -n 1 | xargs cat";
+        Ok(kube.node(node)?.run("sh", &["-c", used])?.contains("weft-cni"))
     };
     until(
         Duration::from_secs(30),
@@ -331,10 +340,8 @@ fn birth(cluster: Builder) -> Result<()> {
     reboot(&kube, &url, &page).context("a node is started again")?;
 
     // Another component writes the configuration anew: the plugin comes back.
-    let east = kube.node("east")?;
-    let range = kube.field("", "node/east", ".spec.podCIDRs[*]")?;
-    east.write_cni(&range.split_whitespace().collect::<Vec<_>>())?;
-    until(Duration::from_secs(10), "the plugin is back in the list", || installed("east"))?;
+    east.write_cni("10-test.conf", &ranges)?;
+    until(Duration::from_secs(10), "the plugin is back in the configuration", || installed("east"))?;
 
     // No agent on the node: a pod of the mesh does not start, one outside starts at once.
     let nowhere = r#"{"spec":{"template":{"spec":{"nodeSelector":{"weft.dev/nowhere":"true"}}}}}"#;
@@ -380,10 +387,12 @@ fn birth(cluster: Builder) -> Result<()> {
     let left = kube.kubectl(["get", "namespaces,clusterroles,clusterrolebindings,crds", "-o", "name"])?;
     ensure!(!left.contains("weft"), "something is left in the cluster:\n{left}");
     for node in kube.nodes() {
-        let places = "ls -A /etc/cni/net.d /opt/cni/bin /sys/fs/bpf; cat /etc/cni/net.d/*.conflist";
+        let places = "ls -A /etc/cni/net.d /opt/cni/bin /sys/fs/bpf; cat /etc/cni/net.d/10*";
         let left = node.run("sh", &["-c", places])?;
         ensure!(!left.contains("weft"), "something is left in {}:\n{left}", node.place().name());
     }
+    let given_back = east.run("cat", &["/etc/cni/net.d/10-test.conf"])?;
+    ensure!(given_back == lone, "the network of east was {lone:?}, and now is {given_back:?}");
     kube.apply(&sleeper("afterwards", "shop"))?;
     kube.wait_ready("shop", &["afterwards"], POD_READY)?;
     fetch(&kube, &url, &page).context("without a mesh")
