@@ -48,7 +48,7 @@ pub fn main(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
-/// The images that the tests' clusters get: ours as developed, and a busybox that stands for applications.
+/// The images that the tests' clusters get: ours as developed, and programs of Debian's that stand for applications.
 pub fn for_tests(programs: &Path) -> Result<()> {
     let dir = tree::target()?.join("test-images");
     ours(programs, &build::static_plugin(Profile::Development)?, &dir, "localhost", "dev")?;
@@ -60,7 +60,19 @@ pub fn for_tests(programs: &Path) -> Result<()> {
     // The container that holds a pod's namespaces only has to stay.
     let mut pause = Image::new("", &["/bin/busybox", "sleep", "2147483647"]);
     pause.file("bin/busybox", fs::read(installed("busybox")?)?);
-    pause.write(&dir.join("pause.tar"), "localhost/pause:test").map(drop)
+    pause.write(&dir.join("pause.tar"), "localhost/pause:test")?;
+
+    let mut nginx = Image::new("", &["/usr/sbin/nginx"]);
+    add_program(&mut nginx, "/usr/sbin/nginx", &installed("nginx")?)?;
+    // nginx looks up the user for its workers.
+    nginx.file("etc/passwd", b"root:x:0:0::/:\nnobody:x:65534:65534::/:\n".to_vec());
+    nginx.file("etc/group", b"root:x:0:\nnogroup:x:65534:\n".to_vec());
+    nginx.write(&dir.join("nginx.tar"), "localhost/nginx:test")?;
+
+    let mut curl = Image::new("", &[]);
+    add_busybox(&mut curl)?;
+    add_program(&mut curl, "/usr/bin/curl", &installed("curl")?)?;
+    curl.write(&dir.join("curl.tar"), "localhost/curl:test").map(drop)
 }
 
 /// Agent, plugin and controller.
