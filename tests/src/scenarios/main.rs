@@ -14,6 +14,7 @@ mod jwt;
 mod kubernetes;
 mod operations;
 mod outside;
+mod pods;
 mod races;
 mod rogue;
 mod runner;
