@@ -180,9 +180,15 @@ impl Views {
                 "key": &*s.key,
                 "addresses": s.addresses,
                 "ports": s.ports.iter().map(|p| p.service_port).collect::<Vec<_>>(),
+                "external_addresses": s.external_addresses,
+                "node_ports": s.node_ports.iter().map(|p| p.node_port).collect::<Vec<_>>(),
             })),
             weft_core::Entry::Workload(_) => None,
         });
+        let nodes = snapshot
+            .mesh
+            .nodes()
+            .map(|(name, addresses)| serde_json::json!({ "name": &**name, "addresses": addresses }));
         let status = self.status();
         serde_json::json!({
             "connected": status.connected,
@@ -193,6 +199,7 @@ impl Views {
             "certificates": status.certificates,
             "workloads": workloads.collect::<Vec<_>>(),
             "services": services.collect::<Vec<_>>(),
+            "nodes": nodes.collect::<Vec<_>>(),
         })
     }
 }

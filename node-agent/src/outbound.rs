@@ -23,7 +23,7 @@ enum Route {
         to: SocketAddr,
         service: Option<Arc<weft_core::Service>>,
     },
-    /// Outside every range of the mesh.
+    /// To nobody of the mesh: where the application dialled.
     Outside,
 }
 
@@ -101,13 +101,13 @@ async fn wait_for_publication(worker: &Worker, pod: &PodHandle) -> Result<(), Re
 
 /// Who answers at `to`, waiting for news while nobody has heard of it.
 async fn route(worker: &Rc<Worker>, to: SocketAddr) -> Result<Route, Refusal> {
-    let decide = |snapshot: &Snapshot| match snapshot.mesh.destination(to.ip()) {
+    let decide = |snapshot: &Snapshot| match snapshot.mesh.destination(to) {
         Destination::Workload(workload) => Some(Ok(Route::Workload { workload, to, service: None })),
-        Destination::Service(service) => {
+        Destination::Service { service, port } => {
             let load = worker.load.borrow();
             let found = snapshot.mesh.endpoint(
                 &service,
-                to.port(),
+                port,
                 |n| rand::rng().random_range(0..n),
                 |w| load.get(&w.uid).copied().unwrap_or(0),
             );
@@ -118,15 +118,15 @@ async fn route(worker: &Rc<Worker>, to: SocketAddr) -> Result<Route, Refusal> {
                 }
                 None => Err(Refusal::new(
                     "no_endpoint",
-                    format!("service {} has no healthy endpoint for port {}", service.key, to.port()),
+                    format!("service {} has no healthy endpoint for port {port}", service.key),
                 )),
             })
         }
         Destination::Conflict => {
-            Some(Err(Refusal::new("address_conflict", "two workloads or services claim the address")))
+            Some(Err(Refusal::new("address_conflict", "two workloads or services claim the address or port")))
         }
         Destination::Unknown if snapshot.in_range(to.ip()) => None,
-        Destination::Unknown => Some(Ok(Route::Outside)),
+        Destination::Unknown | Destination::Outside => Some(Ok(Route::Outside)),
     };
     worker.hold(decide).await.unwrap_or_else(|| {
         Err(Refusal::new("unknown_destination", "no workload or service at that address is known"))

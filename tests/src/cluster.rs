@@ -11,7 +11,7 @@ use crate::agent::{Agent, ENROLL_TIMEOUT, wait_enrolled};
 use crate::bed::Bed;
 use crate::capture::Capture;
 use crate::control::{Controller, Source};
-use crate::manifest::{Directory, Labels, MESH_LABEL, PodManifest, ServiceManifest};
+use crate::manifest::{Directory, Frontends, Labels, MESH_LABEL, PodManifest, ServiceManifest};
 use crate::place::Place;
 use crate::pod::{Pod, Service};
 use crate::poll::until;
@@ -230,6 +230,18 @@ impl Cluster {
 
     /// Adds a Service in front of pods of one namespace.
     pub fn service(&self, name: &str, port: u16, target_port: u16, pods: &[&Pod]) -> Result<Service> {
+        self.service_at(name, port, target_port, pods, Frontends::default())
+    }
+
+    /// As `service`, reached in other ways as well.
+    pub fn service_at(
+        &self,
+        name: &str,
+        port: u16,
+        target_port: u16,
+        pods: &[&Pod],
+        frontends: Frontends,
+    ) -> Result<Service> {
         let (namespace, name) =
             name.split_once('/').with_context(|| format!("{name} is not NAMESPACE/NAME"))?;
         let number = {
@@ -250,6 +262,7 @@ impl Cluster {
             port,
             target_port,
             endpoints: pods.iter().map(|pod| (pod.name.clone(), pod.addresses())).collect(),
+            frontends,
         })?;
         Ok(service)
     }

@@ -38,6 +38,16 @@ pub struct ServiceManifest {
     pub target_port: u16,
     /// Name and addresses of each pod behind it.
     pub endpoints: Vec<(String, [IpAddr; 2])>,
+    pub frontends: Frontends,
+}
+
+/// Where a Service is reached beside its cluster addresses.
+#[derive(Clone, Debug, Default)]
+pub struct Frontends {
+    pub node_port: Option<u16>,
+    pub external_ips: Vec<IpAddr>,
+    /// Of its load balancer.
+    pub ingress: Vec<IpAddr>,
 }
 
 /// A directory of manifests.
@@ -122,19 +132,41 @@ impl Directory {
         self.write_documents(&Self::pod_file(&pod.namespace, &pod.name), &[document])
     }
 
+    /// Writes a Node with these addresses of its own.
+    pub fn node(&self, name: &str, addresses: &[IpAddr]) -> Result<()> {
+        let addresses: Vec<_> =
+            addresses.iter().map(|ip| json!({"type": "InternalIP", "address": ip})).collect();
+        let document = json!({
+            "apiVersion": "v1", "kind": "Node", "metadata": {"name": name}, "status": {"addresses": addresses},
+        });
+        self.write_documents(&format!("node-{name}.yaml"), &[document])
+    }
+
     /// Writes a Service and one EndpointSlice for each address family.
     pub fn service(&self, service: &ServiceManifest) -> Result<()> {
+        let Frontends { node_port, external_ips, ingress } = &service.frontends;
+        let ingress: Vec<_> = ingress.iter().map(|ip| json!({"ip": ip, "ipMode": "VIP"})).collect();
+        let kind = match (ingress.is_empty(), node_port) {
+            (false, _) => "LoadBalancer",
+            (true, Some(_)) => "NodePort",
+            (true, None) => "ClusterIP",
+        };
         let mut documents = vec![json!({
             "apiVersion": "v1",
             "kind": "Service",
             "metadata": {"name": service.name, "namespace": service.namespace},
             "spec": {
-                "type": "ClusterIP",
+                "type": kind,
                 "clusterIP": service.v4,
                 "clusterIPs": [service.v4.to_string(), service.v6.to_string()],
                 "ipFamilies": ["IPv4", "IPv6"],
-                "ports": [{"name": "main", "port": service.port, "targetPort": service.target_port, "protocol": "TCP"}],
+                "externalIPs": external_ips,
+                "ports": [{
+                    "name": "main", "port": service.port, "targetPort": service.target_port, "protocol": "TCP",
+                    "nodePort": node_port,
+                }],
             },
+            "status": {"loadBalancer": {"ingress": ingress}},
         })];
         for (family, at) in [("IPv4", 0), ("IPv6", 1)] {
             let endpoints: Vec<_> = service

@@ -7,9 +7,12 @@ use weft_api::{
     EndpointSlice, Service,
     discovery::Endpoint,
     field::{IntOrString, Protocol},
-    service::ServiceType,
+    service::{ServicePort, ServiceType},
 };
-use weft_proto::workload::{self as wire, LoadBalancing, NetworkAddress, load_balancing};
+use weft_proto::{
+    service::{NodePort, ServiceTraits},
+    workload::{self as wire, LoadBalancing, NetworkAddress, load_balancing},
+};
 
 use super::{MeshSettings, contains, octets};
 use crate::store::{Name, Store, endpoints, referred_pod};
@@ -170,7 +173,7 @@ pub(super) fn service(
     }
     let (namespace, name) = name;
     let addresses = service
-        .addresses()
+        .cluster_addresses()
         .into_iter()
         .map(|address| NetworkAddress { address: octets(address).into(), ..NetworkAddress::default() });
     let ports = service.tcp_ports().map(|port| wire::Port {
@@ -187,7 +190,7 @@ pub(super) fn service(
         health_policy: load_balancing::HealthPolicy::AllowAll.into(),
         ..LoadBalancing::default()
     });
-    let wire = wire::Service {
+    let mut wire = wire::Service {
         name: name.clone(),
         namespace: namespace.clone(),
         hostname: settings.hostname(namespace, name),
@@ -196,7 +199,19 @@ pub(super) fn service(
         load_balancing,
         ..wire::Service::default()
     };
+    wire.set_traits(&traits(service));
     Some((wire, service_problem(settings, service)))
+}
+
+fn traits(service: &Service) -> ServiceTraits {
+    let node_port = |(port, node): (&ServicePort, u16)| NodePort {
+        service_port: port.port.get().into(),
+        node_port: node.into(),
+    };
+    ServiceTraits {
+        node_ports: service.node_ports().map(node_port).collect(),
+        external_addresses: service.external_addresses().into_iter().map(octets).collect(),
+    }
 }
 
 fn service_problem(settings: &MeshSettings, service: &Service) -> Option<String> {

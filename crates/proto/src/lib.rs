@@ -15,6 +15,11 @@ pub mod workload {
     tonic::include_proto!("istio.workload");
 }
 
+/// What Weft says of a service, in an extension of [`workload::Service`].
+pub mod service {
+    tonic::include_proto!("weft.service.v1");
+}
+
 /// The certificate authority.
 pub mod ca {
     tonic::include_proto!("istio.v1.auth");
@@ -33,7 +38,33 @@ pub mod type_url {
     pub const LOCAL_WORKLOAD: &str = "type.googleapis.com/weft.node.v1.LocalWorkload";
     /// [`crate::node::MeshConfig`], one resource.
     pub const MESH_CONFIG: &str = "type.googleapis.com/weft.node.v1.MeshConfig";
+    /// [`crate::node::Node`], the same for every node.
+    pub const NODE: &str = "type.googleapis.com/weft.node.v1.Node";
 }
 
 /// Name of the one [`node::MeshConfig`] resource.
 pub const MESH_CONFIG_NAME: &str = "mesh";
+
+/// Name of the [`workload::Extension`] that holds a [`service::ServiceTraits`].
+const SERVICE_EXTENSION: &str = "weft.dev/service";
+const SERVICE_TRAITS: &str = "type.googleapis.com/weft.service.v1.ServiceTraits";
+
+impl workload::Service {
+    /// What its extension says; nothing in particular if it has none.
+    pub fn traits(&self) -> Result<service::ServiceTraits, prost::DecodeError> {
+        let ours = self.extensions.iter().find(|extension| extension.name == SERVICE_EXTENSION);
+        let config = ours.and_then(|extension| extension.config.as_ref());
+        config.map_or_else(|| Ok(Default::default()), |any| prost::Message::decode(&*any.value))
+    }
+
+    /// Puts the extension there, unless it would say nothing.
+    pub fn set_traits(&mut self, traits: &service::ServiceTraits) {
+        self.extensions.retain(|extension| extension.name != SERVICE_EXTENSION);
+        let value = prost::Message::encode_to_vec(traits);
+        if !value.is_empty() {
+            let config = prost_types::Any { type_url: SERVICE_TRAITS.to_owned(), value };
+            self.extensions
+                .push(workload::Extension { name: SERVICE_EXTENSION.to_owned(), config: Some(config) });
+        }
+    }
+}

@@ -46,6 +46,9 @@ pub const SCENARIOS: &[Scenario] = &[
 ];
 
 const NODES: [&str; 2] = ["east", "west"];
+/// Where the shop's Service is reached beside its own addresses. The external ones are nobody's.
+const NODE_PORT: u16 = 30080;
+const EXTERNAL: [&str; 2] = ["203.0.113.9", "2001:db8:9::9"];
 const POD_READY: Duration = Duration::from_secs(90);
 
 /// A web server on `west` with a Service, and a client on `east`, in the namespace `shop`.
@@ -72,9 +75,11 @@ apiVersion: v1
 kind: Service
 metadata: {{name: web, namespace: shop}}
 spec:
+  type: NodePort
   ipFamilyPolicy: RequireDualStack
   selector: {{app: web}}
-  ports: [{{port: 80, targetPort: 8080}}]
+  ports: [{{port: 80, targetPort: 8080, nodePort: {NODE_PORT}}}]
+  externalIPs: {EXTERNAL:?}
 ---
 apiVersion: v1
 kind: Pod
@@ -130,8 +135,15 @@ fn label(cluster: Builder) -> Result<()> {
             ("destination_principal", identity),
         ];
         let opened = metrics(&kube, node)?.sum("weft_tcp_connections_opened_total", &labels);
-        ensure!(opened == 4.0, "the agent of {node} counts {opened} of four connections as {reporter}");
+        let calls = urls.len();
+        ensure!(
+            opened == calls as f64,
+            "the agent of {node} counts {opened} of {calls} connections as {reporter}"
+        );
     }
+    let labels = [("reporter", "source"), ("destination_service", "web")];
+    let named = metrics(&kube, "east")?.sum("weft_tcp_connections_opened_total", &labels);
+    ensure!(named == 6.0, "of six calls of the Service {named} are named after it");
     // The kubelet's probes go on, and nothing was restarted.
     for pod in ["web", "client"] {
         let restarts =
@@ -494,14 +506,20 @@ fn addresses(kube: &KubeCluster, pod: &str) -> Result<Vec<IpAddr>> {
     Ok(found)
 }
 
-/// The web server by its pod's and its Service's addresses, of both families.
+/// The web server by its pod's and its Service's addresses, a node's at the Service's port there, and external ones; all
+/// of both families.
 fn urls(kube: &KubeCluster) -> Result<Vec<String>> {
     let services = kube.field("shop", "service/web", ".spec.clusterIPs[*]")?;
     let services: Vec<IpAddr> = services.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
     ensure!(services.len() == 2, "the Service has the addresses {services:?}");
     let pods = addresses(kube, "web")?;
-    let url = |(ip, port): (&IpAddr, u16)| format!("http://{}/", std::net::SocketAddr::new(*ip, port));
-    Ok(pods.iter().map(|ip| (ip, 8080)).chain(services.iter().map(|ip| (ip, 80))).map(url).collect())
+    let external: Vec<IpAddr> = EXTERNAL.into_iter().map(str::parse).collect::<Result<_, _>>()?;
+    let nodes = kube.node("west")?.place().addresses();
+    let mut urls = Vec::new();
+    for (at, port) in [(&pods[..], 8080), (&services, 80), (&nodes, NODE_PORT), (&external, 80)] {
+        urls.extend(at.iter().map(|ip| format!("http://{}/", std::net::SocketAddr::new(*ip, port))));
+    }
+    Ok(urls)
 }
 
 /// As the documentation says it.
