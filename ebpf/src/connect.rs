@@ -88,7 +88,7 @@ fn decide(ctx: &SockAddrContext, pod: &PodEntry, destination: Address) -> i32 {
     if destination.is_loopback() || destination.is_unspecified() || pod.owns(&destination) {
         return let_pass(ctx, socket);
     }
-    let verdict = maps::verdict(destination);
+    let verdict = maps::verdict(destination, port(ctx));
     if verdict != Verdict::Capture as u32 && !(verdict == Verdict::LetGo as u32 && pod.on_hold()) {
         return let_pass(ctx, socket);
     }
@@ -110,6 +110,13 @@ fn decide(ctx: &SockAddrContext, pod: &PodEntry, destination: Address) -> i32 {
     maps::count(Counter::Captured);
     info!(ctx, "captured connection to {:i}", destination.octets());
     PASS
+}
+
+/// The port that is dialled, in network order.
+#[inline(always)]
+fn port(ctx: &SockAddrContext) -> [u8; 2] {
+    // The lower half of the word, whose bytes lie in memory as they do in the packet.
+    (load!((*ctx.sock_addr).user_port) as u16).to_ne_bytes()
 }
 
 /// A connection that stays plain. With our mark on it, by the application's hand or from an earlier captured

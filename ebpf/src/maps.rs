@@ -11,7 +11,7 @@ use aya_ebpf::{
     programs::SkLookupContext,
 };
 use weft_ebpf_common::{
-    Address, CaptureKey, Counter, LpmKey, MAX_CAPTURE, MAX_COUNTERS, MAX_PODS, MAX_SOURCES, PodEntry,
+    Address, CaptureKey, Counter, LpmKey, MAX_CAPTURE, MAX_COUNTERS, MAX_PODS, MAX_SOURCES, PodEntry, Verdict,
 };
 
 #[map]
@@ -37,11 +37,29 @@ pub fn pod(cookie: u64) -> Option<&'static PodEntry> {
     unsafe { PODS.get(cookie) }
 }
 
-/// What the capture set says of a TCP destination, zero if nothing.
+/// What the capture set says of a TCP destination, zero if nothing; never `ByPort` or `Node`. The port is in network
+/// order.
 #[inline(always)]
-pub fn verdict(destination: Address) -> u32 {
+pub fn verdict(destination: Address, port: [u8; 2]) -> u32 {
+    let verdict = capture(CaptureKey::tcp(destination));
+    let node = verdict == Verdict::Node as u32;
+    // Nearly every destination ends here.
+    if !node && verdict != Verdict::ByPort as u32 {
+        return verdict;
+    }
+    let captured = Verdict::Capture as u32;
+    if capture(CaptureKey::tcp_port(destination, port)) == captured
+        || (node && capture(CaptureKey::node_port(port)) == captured)
+    {
+        return captured;
+    }
+    Verdict::LetGo as u32
+}
+
+#[inline(always)]
+fn capture(key: CaptureKey) -> u32 {
     // Our own key type, not aya's packed one, whose bytes would be copied one by one.
-    let key = LpmKey::lookup(CaptureKey::tcp(destination));
+    let key = LpmKey::lookup(key);
     // SAFETY: map and key have the types that the map was declared with; the helper copies the key.
     let value =
         unsafe { bpf_map_lookup_elem((&raw const CAPTURE).cast_mut().cast(), (&raw const key).cast()) };

@@ -5,7 +5,9 @@ use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use ipnet::IpNet;
 use prost::Message;
-use weft_core::{Entry, Health, Nearness, PortMapping, Service, SpiffeId, TrustDomain, Tunnel, Workload};
+use weft_core::{
+    Entry, Health, Nearness, NodePort, PortMapping, Service, SpiffeId, TrustDomain, Tunnel, Workload,
+};
 use weft_proto::{
     extension, node,
     workload::{
@@ -78,9 +80,15 @@ fn port(name: &str, port: u32) -> Result<u16, ConvertError> {
     u16::try_from(port).map_err(|_| invalid(name, format!("port {port}")))
 }
 
+/// A port that can be dialled.
+fn dialled_port(name: &str, number: u32) -> Result<u16, ConvertError> {
+    port(name, number).and_then(|port| if port == 0 { Err(invalid(name, "port 0")) } else { Ok(port) })
+}
+
 fn ports(name: &str, list: &[wire::Port]) -> Result<Vec<PortMapping>, ConvertError> {
     let one = |p: &wire::Port| {
-        Ok(PortMapping { service_port: port(name, p.service_port)?, target_port: port(name, p.target_port)? })
+        let service_port = dialled_port(name, p.service_port)?;
+        Ok(PortMapping { service_port, target_port: port(name, p.target_port)? })
     };
     list.iter().map(one).collect()
 }
@@ -142,13 +150,22 @@ fn workload(name: &str, w: wire::Workload, trust_domain: &TrustDomain) -> Result
 }
 
 fn service(name: &str, s: wire::Service) -> Result<Service, ConvertError> {
-    let traits = extension::traits(&s.extensions).map_err(|e| invalid(name, e))?;
+    let traits = extension::traits(&s.extensions)
+        .map_err(|source| ConvertError::Decode { name: name.to_owned(), source })?;
+    let node_port = |p: &weft_proto::service::NodePort| {
+        let (service_port, node_port) =
+            (dialled_port(name, p.service_port)?, dialled_port(name, p.node_port)?);
+        Ok::<_, ConvertError>(NodePort { service_port, node_port })
+    };
+    let external = traits.external_addresses.iter().map(|bytes| address(name, bytes));
     let seconds = u64::from(traits.client_affinity_seconds);
     let choice = s.load_balancing.unwrap_or_default();
     Ok(Service {
         key: format!("{}/{}", s.namespace, s.hostname).into(),
         addresses: s.addresses.iter().map(|a| address(name, &a.address)).collect::<Result<_, _>>()?,
         ports: ports(name, &s.ports)?,
+        external_addresses: external.collect::<Result<_, _>>()?,
+        node_ports: traits.node_ports.iter().map(node_port).collect::<Result<_, _>>()?,
         name: s.name.into(),
         namespace: s.namespace.into(),
         nearness: nearness(&choice),
@@ -166,6 +183,13 @@ fn nearness(choice: &wire::LoadBalancing) -> Nearness {
         Mode::Failover if wants(Scope::Zone) => Nearness::PreferZone,
         _ => Nearness::Any,
     }
+}
+
+/// Reads a `weft.node.v1.Node`: its name and addresses.
+pub fn node(name: &str, value: &[u8]) -> Result<(Arc<str>, Option<Vec<IpAddr>>), ConvertError> {
+    let node: node::Node = decode(name, value)?;
+    let addresses = node.addresses.iter().map(|bytes| address(name, bytes)).collect::<Result<_, _>>()?;
+    Ok((name.into(), Some(addresses)))
 }
 
 /// Reads a `weft.node.v1.LocalWorkload`.
@@ -199,6 +223,8 @@ pub fn mesh_settings(name: &str, value: &[u8]) -> Result<MeshSettings, ConvertEr
 
 #[cfg(test)]
 mod tests {
+    use weft_proto::service::ServiceTraits;
+
     use super::*;
 
     fn read(w: wire::Workload, name: &str) -> Result<Entry, ConvertError> {
@@ -255,7 +281,7 @@ mod tests {
 
     #[test]
     fn what_extensions_say() {
-        let traits = weft_proto::service::ServiceTraits { client_affinity_seconds: 60 };
+        let traits = ServiceTraits { client_affinity_seconds: 60, ..Default::default() };
         let mut service = wire::Service {
             extensions: extension::from_traits(&traits).into_iter().collect(),
             ..Default::default()
@@ -293,5 +319,27 @@ mod tests {
         assert!(read(wire::Workload { trust_domain: "Bad/".into(), ..pod() }, "c//Pod/shop/web").is_err());
         let trust = TrustDomain::new("cluster.local").expect("valid");
         assert!(entry("x", &[0xff, 0xff], &trust).is_err());
+        assert!(node("n", &node::Node { addresses: vec![vec![1, 2, 3]] }.encode_to_vec()).is_err());
+    }
+
+    #[test]
+    fn a_service_with_its_traits() {
+        let traits = |service_port, node_port| ServiceTraits {
+            node_ports: vec![weft_proto::service::NodePort { service_port, node_port }],
+            external_addresses: vec![vec![192, 0, 2, 1]],
+            ..Default::default()
+        };
+        let read = |traits: &ServiceTraits| {
+            let extensions = extension::from_traits(traits).into_iter().collect();
+            read_service(wire::Service { extensions, ..Default::default() })
+        };
+        let s = read(&traits(80, 30080)).expect("valid");
+        assert_eq!(s.external_addresses, ["192.0.2.1".parse::<IpAddr>().expect("valid")]);
+        assert_eq!(s.node_ports, [NodePort { service_port: 80, node_port: 30080 }]);
+        let s = read(&ServiceTraits::default()).expect("valid");
+        assert!(s.external_addresses.is_empty() && s.node_ports.is_empty());
+        for wrong in [traits(80, 0), traits(0, 30080), traits(80, 65536)] {
+            assert!(read(&wrong).is_err(), "{wrong:?}");
+        }
     }
 }

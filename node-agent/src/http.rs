@@ -183,9 +183,15 @@ impl Views {
                 "ports": s.ports.iter().map(|p| p.service_port).collect::<Vec<_>>(),
                 "nearness": format!("{:?}", s.nearness),
                 "affinity_seconds": s.affinity.map(|time| time.as_secs()),
+                "external_addresses": s.external_addresses,
+                "node_ports": s.node_ports.iter().map(|p| p.node_port).collect::<Vec<_>>(),
             })),
             weft_core::Entry::Workload(_) => None,
         });
+        let nodes = snapshot
+            .mesh
+            .nodes()
+            .map(|(name, addresses)| serde_json::json!({ "name": &**name, "addresses": addresses }));
         let status = self.status();
         serde_json::json!({
             "connected": status.connected,
@@ -196,6 +202,7 @@ impl Views {
             "certificates": status.certificates,
             "workloads": workloads.collect::<Vec<_>>(),
             "services": services.collect::<Vec<_>>(),
+            "nodes": nodes.collect::<Vec<_>>(),
         })
     }
 }

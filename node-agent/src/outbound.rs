@@ -24,7 +24,7 @@ enum Route {
         to: SocketAddr,
         service: Option<Arc<Service>>,
     },
-    /// Outside every range of the mesh.
+    /// To nobody of the mesh: where the application dialled.
     Outside,
 }
 
@@ -102,10 +102,10 @@ async fn wait_for_publication(worker: &Worker, pod: &PodHandle) -> Result<(), Re
 
 /// Who answers at `to`, waiting for news while nobody has heard of it.
 async fn route(worker: &Rc<Worker>, pod: &PodHandle, to: SocketAddr) -> Result<Route, Refusal> {
-    let decide = |snapshot: &Snapshot| match snapshot.mesh.destination(to.ip()) {
+    let decide = |snapshot: &Snapshot| match snapshot.mesh.destination(to) {
         Destination::Workload(workload) => Some(Ok(Route::Workload { workload, to, service: None })),
-        Destination::Service(service) => {
-            let found = endpoint(worker, pod, &snapshot.mesh, &service, to.port());
+        Destination::Service { service, port } => {
+            let found = endpoint(worker, pod, &snapshot.mesh, &service, port);
             let endpoint = found.and_then(|(w, port)| Some((w.address_like(to.ip())?, port, w)));
             Some(match endpoint {
                 Some((ip, port, workload)) => {
@@ -113,15 +113,15 @@ async fn route(worker: &Rc<Worker>, pod: &PodHandle, to: SocketAddr) -> Result<R
                 }
                 None => Err(Refusal::new(
                     "no_endpoint",
-                    format!("service {} has no healthy endpoint for port {}", service.key, to.port()),
+                    format!("service {} has no healthy endpoint for port {port}", service.key),
                 )),
             })
         }
         Destination::Conflict => {
-            Some(Err(Refusal::new("address_conflict", "two workloads or services claim the address")))
+            Some(Err(Refusal::new("address_conflict", "two workloads or services claim the address or port")))
         }
         Destination::Unknown if snapshot.in_range(to.ip()) => None,
-        Destination::Unknown => Some(Ok(Route::Outside)),
+        Destination::Unknown | Destination::Outside => Some(Ok(Route::Outside)),
     };
     worker.hold(decide).await.unwrap_or_else(|| {
         Err(Refusal::new("unknown_destination", "no workload or service at that address is known"))

@@ -12,7 +12,7 @@ use crate::agent::{Agent, ENROLL_TIMEOUT, wait_enrolled};
 use crate::bed::Bed;
 use crate::capture::Capture;
 use crate::control::{Controller, Source};
-use crate::manifest::{Directory, Endpoint, Labels, MESH_LABEL, PodManifest, ServiceManifest};
+use crate::manifest::{Directory, Endpoint, Frontends, Labels, MESH_LABEL, PodManifest, ServiceManifest};
 use crate::place::Place;
 use crate::pod::{Pod, Service};
 use crate::poll::until;
@@ -231,6 +231,18 @@ impl Cluster {
 
     /// Adds a Service in front of pods of one namespace.
     pub fn service(&self, name: &str, port: u16, target_port: u16, pods: &[&Pod]) -> Result<Service> {
+        self.service_at(name, port, target_port, pods, Frontends::default())
+    }
+
+    /// As `service`, reached in other ways as well.
+    pub fn service_at(
+        &self,
+        name: &str,
+        port: u16,
+        target_port: u16,
+        pods: &[&Pod],
+        frontends: Frontends,
+    ) -> Result<Service> {
         let number = {
             let mut objects = self.objects();
             objects.services += 1;
@@ -243,7 +255,7 @@ impl Cluster {
             target_port,
         };
         let ready: Vec<_> = pods.iter().map(|pod| (*pod, json!({"ready": true}))).collect();
-        self.change_service(name, service, json!({}), &ready)?;
+        self.write_service(name, service, json!({}), &ready, frontends)?;
         Ok(service)
     }
 
@@ -254,6 +266,17 @@ impl Cluster {
         service: Service,
         spec: Value,
         endpoints: &[(&Pod, Value)],
+    ) -> Result<()> {
+        self.write_service(name, service, spec, endpoints, Frontends::default())
+    }
+
+    fn write_service(
+        &self,
+        name: &str,
+        service: Service,
+        spec: Value,
+        endpoints: &[(&Pod, Value)],
+        frontends: Frontends,
     ) -> Result<()> {
         let (namespace, name) =
             name.split_once('/').with_context(|| format!("{name} is not NAMESPACE/NAME"))?;
@@ -271,6 +294,7 @@ impl Cluster {
             target_port: service.target_port,
             spec,
             endpoints: endpoints.iter().map(endpoint).collect(),
+            frontends,
         })
     }
 

@@ -98,18 +98,23 @@ fn pod(random: &mut Random) -> Value {
 }
 
 fn service(random: &mut Random) -> Value {
-    let mut ports = vec![json!({"name": "http", "port": 80, "targetPort": "http"})];
+    let mut ports =
+        vec![json!({"name": "http", "port": 80, "targetPort": "http", "nodePort": random.below(2) + 30080})];
     if random.one_in(2) {
         ports.push(json!({"name": "admin", "port": random.below(2) + 81}));
     }
     json!({
         "metadata": {"name": random.pick(&SERVICES), "namespace": random.pick(&NAMESPACES)},
         "spec": {
-            "type": random.pick(&["ClusterIP", "ClusterIP", "ClusterIP", "ExternalName"]),
+            "type": random.pick(&["ClusterIP", "NodePort", "LoadBalancer", "ExternalName"]),
+            "externalIPs": [random.pick(&ADDRESSES)],
             "clusterIP": random.pick(&["10.2.0.1", "10.2.0.2", "10.3.0.1", "192.0.2.1", "None"]), "ports": ports,
             "publishNotReadyAddresses": random.one_in(3),
             "sessionAffinity": random.pick(&["None", "ClientIP"]),
         },
+        "status": {"loadBalancer": {"ingress": [
+            {"ip": random.pick(&ADDRESSES), "ipMode": random.pick(&["VIP", "Proxy"])},
+        ]}},
     })
 }
 

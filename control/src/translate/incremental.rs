@@ -16,7 +16,7 @@ use std::{
 };
 
 use weft_proto::{
-    node::{LocalWorkload, MeshConfig},
+    node::{LocalWorkload, MeshConfig, Node},
     workload::{Address, address},
 };
 
@@ -37,6 +37,7 @@ pub struct Changes {
     /// By node, and then by name.
     pub local: BTreeMap<String, BTreeMap<String, Option<LocalWorkload>>>,
     pub mesh: Option<MeshConfig>,
+    pub nodes: BTreeMap<String, Option<Node>>,
     /// What a person should know, by what it is about.
     pub problems: BTreeMap<String, Option<String>>,
 }
@@ -156,6 +157,8 @@ impl Translator {
         for (slice, address) in &dirty.others {
             self.translate_other(slice, *address, &mut changes);
         }
+        changes.nodes =
+            touched.nodes.iter().map(|name| (name.clone(), networks::node(store, name))).collect();
         for address in &touched.addresses {
             let problem = services::address_problem(store, *address);
             changes.problems.insert(format!("address {address}"), problem);

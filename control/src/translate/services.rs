@@ -8,12 +8,13 @@ use weft_api::{
     discovery::Endpoint,
     field::{IntOrString, Protocol},
     service::{
-        InternalTrafficPolicy, PREFER_CLOSE, PREFER_SAME_NODE, PREFER_SAME_ZONE, ServiceSpec, ServiceType,
+        InternalTrafficPolicy, PREFER_CLOSE, PREFER_SAME_NODE, PREFER_SAME_ZONE, ServicePort, ServiceSpec,
+        ServiceType,
     },
 };
 use weft_proto::{
     extension,
-    service::ServiceTraits,
+    service::{NodePort, ServiceTraits},
     workload::{
         self as wire, LoadBalancing, NetworkAddress,
         load_balancing::{HealthPolicy, Mode, Scope},
@@ -189,7 +190,7 @@ pub(super) fn service(
     }
     let (namespace, name) = name;
     let addresses = service
-        .addresses()
+        .cluster_addresses()
         .into_iter()
         .map(|address| NetworkAddress { address: octets(address).into(), ..NetworkAddress::default() });
     let ports = service.tcp_ports().map(|port| wire::Port {
@@ -202,7 +203,6 @@ pub(super) fn service(
         },
         ..wire::Port::default()
     });
-    let traits = ServiceTraits { client_affinity_seconds: service.client_affinity().unwrap_or_default() };
     let wire = wire::Service {
         name: name.clone(),
         namespace: namespace.clone(),
@@ -210,7 +210,7 @@ pub(super) fn service(
         addresses: addresses.collect(),
         ports: ports.collect(),
         load_balancing: load_balancing(&service.spec),
-        extensions: extension::from_traits(&traits).into_iter().collect(),
+        extensions: extension::from_traits(&traits(service)).into_iter().collect(),
         ..wire::Service::default()
     };
     Some((wire, service_problem(settings, service)))
@@ -236,6 +236,18 @@ fn load_balancing(spec: &ServiceSpec) -> Option<LoadBalancing> {
         health_policy: health_policy.into(),
     };
     (unusual != LoadBalancing::default()).then_some(unusual)
+}
+
+fn traits(service: &Service) -> ServiceTraits {
+    let node_port = |(port, node): (&ServicePort, u16)| NodePort {
+        service_port: port.port.get().into(),
+        node_port: node.into(),
+    };
+    ServiceTraits {
+        client_affinity_seconds: service.client_affinity().unwrap_or_default(),
+        node_ports: service.node_ports().map(node_port).collect(),
+        external_addresses: service.external_addresses().into_iter().map(octets).collect(),
+    }
 }
 
 fn service_problem(settings: &MeshSettings, service: &Service) -> Option<String> {

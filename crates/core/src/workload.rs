@@ -1,6 +1,10 @@
 //! What the mesh knows of one workload and of one service.
 
-use std::{net::IpAddr, sync::Arc, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+    time::Duration,
+};
 
 use crate::SpiffeId;
 
@@ -87,6 +91,13 @@ impl Workload {
     }
 }
 
+/// A port of every node that leads to a service's port.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NodePort {
+    pub service_port: u16,
+    pub node_port: u16,
+}
+
 /// A name and virtual addresses in front of workloads.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Service {
@@ -94,11 +105,29 @@ pub struct Service {
     pub key: Arc<str>,
     pub name: Arc<str>,
     pub namespace: Arc<str>,
+    /// Its alone: a port of these that it does not have is nobody's.
     pub addresses: Vec<IpAddr>,
     pub ports: Vec<PortMapping>,
+    /// Where each of `ports` leads to it, and every other port is somebody else's.
+    pub external_addresses: Vec<IpAddr>,
+    pub node_ports: Vec<NodePort>,
     pub nearness: Nearness,
     /// Endpoints are reached whether they are ready or not: `publishNotReadyAddresses`.
     pub accepts_unready: bool,
     /// How long after its last connection a caller is still given the same endpoint: `sessionAffinity: ClientIP`.
     pub affinity: Option<Duration>,
+}
+
+impl Service {
+    /// Its ports at its external addresses.
+    pub fn external_ports(&self) -> impl Iterator<Item = SocketAddr> {
+        let at =
+            |ip: &IpAddr| self.ports.iter().map(|p| SocketAddr::new(*ip, p.service_port)).collect::<Vec<_>>();
+        self.external_addresses.iter().flat_map(at)
+    }
+
+    /// The port that a node's port leads to.
+    pub fn service_port(&self, node_port: u16) -> Option<u16> {
+        self.node_ports.iter().find(|p| p.node_port == node_port).map(|p| p.service_port)
+    }
 }

@@ -1,7 +1,7 @@
 //! One instance of the kernel's part: opening it, the capture set, and enrolling pods.
 
 use crate::{
-    Error, Netns, Options, Pod, PodAddresses, Verdict, debug_log, link,
+    Error, Netns, Options, Pod, PodAddresses, Target, Verdict, debug_log, link,
     maps::Maps,
     object::{self, Object},
     pins::{self, Pins, PodPin},
@@ -9,7 +9,6 @@ use crate::{
     sys::AttachType,
     sysctl,
 };
-use ipnet::IpNet;
 use std::{
     collections::HashSet,
     fmt,
@@ -107,18 +106,18 @@ impl Kernel {
         Ok(Kernel { shared })
     }
 
-    /// What to do with TCP connections of enrolled pods to `net`; the longest prefix counts. Host bits are ignored.
-    pub fn set_capture(&self, net: IpNet, verdict: Verdict) -> Result<(), Error> {
-        self.shared.maps.set_capture(net, verdict)
+    /// What to do with TCP connections of enrolled pods to `target`.
+    pub fn set_capture(&self, target: impl Into<Target>, verdict: Verdict) -> Result<(), Error> {
+        self.shared.maps.set_capture(target.into(), verdict)
     }
 
-    /// Forgets exactly this prefix; none is no error.
-    pub fn clear_capture(&self, net: IpNet) -> Result<(), Error> {
-        self.shared.maps.clear_capture(net)
+    /// Forgets exactly this target; none is no error.
+    pub fn clear_capture(&self, target: impl Into<Target>) -> Result<(), Error> {
+        self.shared.maps.clear_capture(target.into())
     }
 
     /// The whole capture set, as this or a predecessor left it.
-    pub fn capture_entries(&self) -> Result<Vec<(IpNet, Verdict)>, Error> {
+    pub fn capture_entries(&self) -> Result<Vec<(Target, Verdict)>, Error> {
         self.shared.maps.capture_entries()
     }
 

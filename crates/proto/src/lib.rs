@@ -40,6 +40,8 @@ pub mod type_url {
     pub const LOCAL_WORKLOAD: &str = "type.googleapis.com/weft.node.v1.LocalWorkload";
     /// [`crate::node::MeshConfig`], one resource.
     pub const MESH_CONFIG: &str = "type.googleapis.com/weft.node.v1.MeshConfig";
+    /// [`crate::node::Node`], the same for every node.
+    pub const NODE: &str = "type.googleapis.com/weft.node.v1.Node";
 }
 
 /// Name of the one [`node::MeshConfig`] resource.

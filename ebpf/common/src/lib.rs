@@ -12,7 +12,7 @@ mod maps;
 mod pod;
 
 pub use address::Address;
-pub use capture::{CaptureKey, LpmKey, Verdict};
+pub use capture::{CaptureKey, CaptureTarget, LpmKey, Verdict};
 pub use maps::{MAPS, MapShape, MapType, PINNED};
 pub use pod::PodEntry;
 

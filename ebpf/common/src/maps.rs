@@ -40,7 +40,7 @@ pub const MAPS: [MapShape; 6] = [
     shape("PODS", MapType::Hash, size_of::<u64>(), size_of::<PodEntry>(), MAX_PODS),
     // slot -> the agent's listener in that pod
     shape("SLOTS", MapType::SockMap, size_of::<u32>(), size_of::<u32>(), MAX_PODS),
-    // (protocol, destination) -> Verdict
+    // (protocol, port or none, destination) -> Verdict
     shape("CAPTURE", MapType::LpmTrie, size_of::<LpmKey>(), size_of::<u32>(), MAX_CAPTURE),
     // source address -> 1: its plaintext is refused
     shape("SOURCES", MapType::Hash, size_of::<Address>(), size_of::<u32>(), MAX_SOURCES),

@@ -47,7 +47,27 @@ pub const SCENARIOS: &[Scenario] = &[
 ];
 
 const NODES: [&str; 2] = ["east", "west"];
+/// Where the Service `front` is reached beside its own addresses. The external ones are nobody's.
+const NODE_PORT: u16 = 30080;
+const EXTERNAL: [&str; 2] = ["203.0.113.9", "2001:db8:9::9"];
 const POD_READY: Duration = Duration::from_secs(90);
+
+/// A Service of the web server on `west` that is reached from outside the cluster.
+fn front() -> String {
+    format!(
+        r#"
+apiVersion: v1
+kind: Service
+metadata: {{name: front, namespace: shop}}
+spec:
+  type: NodePort
+  ipFamilyPolicy: RequireDualStack
+  selector: {{app: web}}
+  ports: [{{port: 80, targetPort: 8080, nodePort: {NODE_PORT}}}]
+  externalIPs: {EXTERNAL:?}
+"#
+    )
+}
 
 fn cluster(cluster: Builder) -> Result<()> {
     let kube = start(&cluster)?;
@@ -63,7 +83,8 @@ fn label(cluster: Builder) -> Result<()> {
     let page = marker("kubernetes");
     open_shop(&kube, &page)?;
     // The other way round, too.
-    kube.apply(&[server("web-east", "east", &page), client("client-west", "west")].join("\n---\n"))?;
+    let more = [server("web-east", "east", &page), client("client-west", "west"), front()];
+    kube.apply(&more.join("\n---\n"))?;
     let names = ["web", "client", "web-east", "client-west"];
     kube.wait_ready("shop", &names, POD_READY)?;
     let mut pods = Vec::new();
@@ -74,6 +95,7 @@ fn label(cluster: Builder) -> Result<()> {
     for (client, server) in [("client", "web"), ("client-west", "web-east")] {
         calls.extend(urls(&kube, server)?.into_iter().map(|url| (client, url)));
     }
+    calls.extend(front_urls(&kube)?.into_iter().map(|url| ("client", url)));
 
     install(&kube)?;
     let capture = kube.capture()?;
@@ -91,8 +113,8 @@ fn label(cluster: Builder) -> Result<()> {
     capture.stop()?.encrypted_since(label, &pods, page.as_bytes(), verified)?;
 
     let identity = "spiffe://cluster.local/ns/shop/sa/default";
-    for node in NODES {
-        for reporter in ["source", "destination"] {
+    for (node, as_source, as_destination) in [("east", 8.0, 4.0), ("west", 4.0, 8.0)] {
+        for (reporter, calls) in [("source", as_source), ("destination", as_destination)] {
             let labels = [
                 ("reporter", reporter),
                 ("security", "mutual_tls"),
@@ -100,8 +122,16 @@ fn label(cluster: Builder) -> Result<()> {
                 ("destination_principal", identity),
             ];
             let opened = metrics(&kube, node)?.sum("weft_tcp_connections_opened_total", &labels);
-            ensure!(opened == 4.0, "the agent of {node} counts {opened} of four connections as {reporter}");
+            ensure!(
+                opened == calls,
+                "the agent of {node} counts {opened} of {calls} connections as {reporter}"
+            );
         }
+    }
+    for (service, calls) in [("web", 2.0), ("front", 4.0)] {
+        let labels = [("reporter", "source"), ("destination_service", service)];
+        let named = metrics(&kube, "east")?.sum("weft_tcp_connections_opened_total", &labels);
+        ensure!(named == calls, "of {calls} calls of the Service {service} {named} are named after it");
     }
     // The kubelet's probes go on, and nothing was restarted.
     for pod in names {
@@ -451,8 +481,22 @@ fn urls(kube: &KubeCluster, server: &str) -> Result<Vec<String>> {
     let services: Vec<IpAddr> = services.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
     ensure!(services.len() == 2, "the Service has the addresses {services:?}");
     let pods = addresses(kube, server)?;
-    let url = |(ip, port): (&IpAddr, u16)| format!("http://{}/", std::net::SocketAddr::new(*ip, port));
-    Ok(pods.iter().map(|ip| (ip, 8080)).chain(services.iter().map(|ip| (ip, 80))).map(url).collect())
+    Ok(pods.iter().map(|ip| url(*ip, 8080)).chain(services.iter().map(|ip| url(*ip, 80))).collect())
+}
+
+/// The Service `front` by a node's addresses at its port there, and by its external ones, of both families.
+fn front_urls(kube: &KubeCluster) -> Result<Vec<String>> {
+    let external: Vec<IpAddr> = EXTERNAL.into_iter().map(str::parse).collect::<Result<_, _>>()?;
+    let nodes = kube.node("west")?.place().addresses();
+    Ok(nodes
+        .into_iter()
+        .map(|ip| url(ip, NODE_PORT))
+        .chain(external.into_iter().map(|ip| url(ip, 80)))
+        .collect())
+}
+
+fn url(ip: IpAddr, port: u16) -> String {
+    format!("http://{}/", std::net::SocketAddr::new(ip, port))
 }
 
 /// As the documentation says it.

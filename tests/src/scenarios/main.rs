@@ -9,6 +9,7 @@ mod check;
 mod cni;
 mod escape;
 mod failure;
+mod frontends;
 mod identity;
 mod jwt;
 mod kubernetes;
@@ -59,6 +60,7 @@ fn all() -> Vec<Scenario> {
         races::SCENARIOS,
         identity::SCENARIOS,
         outside::SCENARIOS,
+        frontends::SCENARIOS,
         operations::SCENARIOS,
         chart::SCENARIOS,
         apiserver::SCENARIOS,

@@ -47,7 +47,7 @@ impl Zones {
     fn open(cluster: Builder) -> Result<Zones> {
         let cluster = cluster.node("east").node("west").node("north").start()?;
         for (node, zone) in [("east", "a"), ("west", "b"), ("north", "b")] {
-            cluster.directory().node(node, zone)?;
+            cluster.directory().node_in(node, zone)?;
         }
         let [east, west, north] = [("shop/east", "east"), ("shop/west", "west"), ("shop/north", "north")]
             .map(|(name, node)| cluster.pod(name, node));
@@ -114,7 +114,7 @@ fn nearness(cluster: Builder) -> Result<()> {
 
     // The node moves, and with it its pods.
     zones.serve(json!({"trafficDistribution": "PreferSameZone"}), &[east, north])?;
-    zones.cluster.directory().node("north", "a")?;
+    zones.cluster.directory().node_in("north", "a")?;
     zones.given("the zone of a node changes", client, &[east, north])?;
     let enrolled = addresses(&[east, west, north, client]);
     // Every greeting names the server's port.
