@@ -147,6 +147,8 @@ mod tests {
             namespace: "ns".into(),
             addresses: Vec::new(),
             ports: Vec::new(),
+            external_addresses: Vec::new(),
+            node_ports: Vec::new(),
             nearness,
             accepts_unready: false,
             affinity: None,
