@@ -18,6 +18,7 @@ mod races;
 mod rogue;
 mod runner;
 mod shop;
+mod socket_lb;
 mod streams;
 mod traffic;
 
@@ -56,6 +57,7 @@ fn all() -> Vec<Scenario> {
         races::SCENARIOS,
         identity::SCENARIOS,
         outside::SCENARIOS,
+        socket_lb::SCENARIOS,
         operations::SCENARIOS,
         chart::SCENARIOS,
         apiserver::SCENARIOS,
