@@ -11,6 +11,7 @@ use crate::{
 };
 use aya::{Ebpf, programs::ProgramFd};
 use std::{
+    collections::BTreeSet,
     fs::File,
     os::{fd::AsFd, unix::fs::MetadataExt},
     path::{Path, PathBuf},
@@ -49,7 +50,7 @@ impl Save {
             tracing::warn!(
                 "programs of others ({}) see connections before ours do, and no cgroup of the pods was found: Services that \
                  they turn into a backend's address will not be recognised; is --pods-cgroup right?",
-                others.join(", ")
+                others.into_iter().collect::<Vec<_>>().join(", ")
             );
         }
     }
@@ -96,8 +97,8 @@ pub fn pods_cgroup(root: &Path, chosen: Option<&Path>) -> Option<PathBuf> {
 }
 
 /// Names of the programs in the connect hooks of a cgroup that are not ours; none where the kernel does not say.
-fn others_at(cgroup: &Path) -> Vec<String> {
-    let Ok(cgroup) = File::open(cgroup) else { return Vec::new() };
+fn others_at(cgroup: &Path) -> BTreeSet<String> {
+    let Ok(cgroup) = File::open(cgroup) else { return BTreeSet::new() };
     let ids: Vec<u32> = [AttachType::Connect4, AttachType::Connect6]
         .into_iter()
         .flat_map(|hook| sys::attached_programs(cgroup.as_fd(), hook).unwrap_or_default())
