@@ -5,7 +5,9 @@ use crate::{
     maps::Maps,
     object::{self, Object},
     pins::{self, Pins, PodPin},
-    routes, sockets,
+    routes,
+    save::Save,
+    sockets,
     sys::AttachType,
     sysctl,
 };
@@ -30,6 +32,7 @@ pub struct Shared {
     pub maps: Maps,
     pins: Pins,
     object: Object,
+    save: Save,
     /// Held while slots and pins change: picking a slot and taking it are two steps.
     enrolling: Mutex<()>,
 }
@@ -78,9 +81,9 @@ impl Kernel {
     /// programs. Changes nothing if a predecessor's layout is another. Blocks for some tens of milliseconds.
     pub fn open(options: Options) -> Result<Kernel, Error> {
         let object = Object::open(&options)?;
-        let cgroup = options.cgroup()?;
-        let failed = || format!("the cgroup {} could not be opened", cgroup.display());
-        let cgroup = File::open(&cgroup).map_err(Error::io(failed()))?;
+        let cgroup_root = options.cgroup()?;
+        let failed = || format!("the cgroup {} could not be opened", cgroup_root.display());
+        let cgroup = File::open(&cgroup_root).map_err(Error::io(failed()))?;
         // The id of a cgroup is its inode number.
         let cgroup_id = cgroup.metadata().map_err(Error::io(failed()))?.ino();
         let pins = Pins::open(&options)?;
@@ -98,8 +101,11 @@ impl Kernel {
                 |info| info.cgroup_id() == cgroup_id,
             )?;
         }
+        // After those, so that nothing is ever saved that they do not take.
+        let save = Save::load(&mut ebpf, cgroup_root, options.pods_cgroup)?;
+        save.open(&pins);
         let maps = Maps::take(&mut ebpf)?;
-        let shared = Arc::new(Shared { maps, pins, object, enrolling: Mutex::new(()) });
+        let shared = Arc::new(Shared { maps, pins, object, save, enrolling: Mutex::new(()) });
         if options.debug_log {
             debug_log::start(&mut ebpf, Arc::downgrade(&shared))?;
         }
@@ -260,6 +266,7 @@ impl Shared {
         pin: PodPin,
         predecessor: Option<PodEntry>,
     ) -> Result<(TcpListener, u16), Error> {
+        self.save.attach(&self.pins);
         routes::install(netns, addresses)?;
         sysctl::apply(netns, addresses.v6.is_some())?;
         let (listener, port) = sockets::listener(netns)?;

@@ -23,6 +23,7 @@ mod pins;
 mod pod;
 pub mod preflight;
 mod routes;
+mod save;
 mod sockets;
 mod sys;
 mod sysctl;

@@ -22,7 +22,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 pub use api::{Api, AuditedRequest};
 pub use bare::{ApiCluster, SYSTEM, agent_pod_name, documents, running_pod};
-pub use cgroup::obstacle;
+pub use cgroup::{NodeCgroups, obstacle};
 pub use control_plane::{ControlPlane, DNS_ADDRESS, POD_CIDR, SERVICE_CIDR};
 pub use node::KubeNode;
 

@@ -21,6 +21,7 @@ mod rogue;
 mod runner;
 mod services;
 mod shop;
+mod socket_lb;
 mod streams;
 mod traffic;
 
@@ -61,6 +62,7 @@ fn all() -> Vec<Scenario> {
         identity::SCENARIOS,
         outside::SCENARIOS,
         frontends::SCENARIOS,
+        socket_lb::SCENARIOS,
         operations::SCENARIOS,
         chart::SCENARIOS,
         apiserver::SCENARIOS,
