@@ -15,7 +15,8 @@ apiVersion: v1
 kind: ConfigMap
 metadata: {{name: {name}, namespace: shop}}
 data:
-  index.html: {page}
+  index.html: |
+    {page}
   nginx.conf: |
     daemon off;
     worker_processes 1;
