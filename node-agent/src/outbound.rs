@@ -1,7 +1,13 @@
 //! Connections that an enrolled pod opened: find out who is meant, then carry the bytes there, through a tunnel to
 //! whoever is enrolled, as they are to whoever is known not to be.
 
-use std::{fmt::Write, net::SocketAddr, pin::pin, rc::Rc, sync::Arc};
+use std::{
+    fmt::Write,
+    net::{IpAddr, SocketAddr},
+    pin::pin,
+    rc::Rc,
+    sync::Arc,
+};
 
 use rand::Rng;
 use tokio::net::TcpStream;
@@ -105,7 +111,7 @@ async fn route(worker: &Rc<Worker>, pod: &PodHandle, to: SocketAddr) -> Result<R
     let decide = |snapshot: &Snapshot| match snapshot.mesh.destination(to) {
         Destination::Workload(workload) => Some(Ok(Route::Workload { workload, to, service: None })),
         Destination::Service { service, port } => {
-            let found = endpoint(worker, pod, &snapshot.mesh, &service, port);
+            let found = endpoint(worker, pod, &snapshot.mesh, &service, port, to.ip());
             let endpoint = found.and_then(|(w, port)| Some((w.address_like(to.ip())?, port, w)));
             Some(match endpoint {
                 Some((ip, port, workload)) => {
@@ -135,9 +141,10 @@ fn endpoint(
     mesh: &Mesh,
     service: &Service,
     port: u16,
+    dialled: IpAddr,
 ) -> Option<(Arc<Workload>, u16)> {
     let own = mesh.workload(&pod.uid).unwrap_or(&pod.workload);
-    let caller = Caller { node: &worker.shared.config.node, zone: &own.zone };
+    let caller = Caller { node: &worker.shared.config.node, zone: &own.zone, dialled };
     let Some(timeout) = service.affinity else {
         let load = worker.load.borrow();
         let load = |w: &Workload| load.get(&w.uid).copied().unwrap_or(0);

@@ -3,7 +3,7 @@
 //! They are kept in the order of zone, node and uid, so that those near a caller lie together: a choice among them costs
 //! the same however many others there are.
 
-use std::{cmp::Ordering, ops::Range, sync::Arc};
+use std::{cmp::Ordering, net::IpAddr, ops::Range, sync::Arc};
 
 use imbl::Vector;
 
@@ -12,12 +12,24 @@ use crate::{
     workload::{Health, Nearness, Service, Tunnel, Workload},
 };
 
-/// Where a caller is.
+/// Where a caller is, and what it dialled.
 #[derive(Debug, Clone, Copy)]
 pub struct Caller<'a> {
     pub node: &'a str,
     /// Empty where the node has none.
     pub zone: &'a str,
+    pub dialled: IpAddr,
+}
+
+impl Caller<'_> {
+    /// Which endpoints of `service` are for it. `internalTrafficPolicy` speaks of cluster addresses; pods that dial others
+    /// are sent to any endpoint, as by kube-proxy.
+    pub(crate) fn nearness(&self, service: &Service) -> Nearness {
+        match service.nearness {
+            Nearness::OnlyNode if !service.addresses.contains(&self.dialled) => Nearness::Any,
+            nearness => nearness,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Default)]
@@ -71,7 +83,7 @@ impl Endpoints {
             false => &[Health::Ready, Health::Draining],
         };
         for &worst in healths {
-            for Range { start, end } in self.tiers(service.nearness, caller) {
+            for Range { start, end } in self.tiers(caller.nearness(service), caller) {
                 let at = |i: usize| &self.all[start + i];
                 let is_usable = |i: usize| at(i).health <= worst && at(i).serves(&service.key, port);
                 if let Some(i) = balance::pick(end - start, &mut random, is_usable, |i| load(at(i))) {
@@ -86,7 +98,7 @@ impl Endpoints {
     fn tiers(
         &self,
         nearness: Nearness,
-        Caller { node, zone }: Caller<'_>,
+        Caller { node, zone, .. }: Caller<'_>,
     ) -> impl Iterator<Item = Range<usize>> {
         let all = || 0..self.all.len();
         let in_zone = || self.range(|other| other.0.cmp(zone));
@@ -116,10 +128,12 @@ impl Endpoints {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeSet;
+    use std::{collections::BTreeSet, net::Ipv4Addr};
 
     use super::*;
     use crate::{PortMapping, SpiffeId, TrustDomain};
+
+    const CLUSTER: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 96, 0, 1));
 
     fn endpoint(name: &str, zone: &str, node: &str) -> Workload {
         let trust = TrustDomain::new("cluster.local").expect("valid");
@@ -145,7 +159,7 @@ mod tests {
             key: "ns/s".into(),
             name: "s".into(),
             namespace: "ns".into(),
-            addresses: Vec::new(),
+            addresses: vec![CLUSTER],
             ports: Vec::new(),
             external_addresses: Vec::new(),
             node_ports: Vec::new(),
@@ -157,6 +171,16 @@ mod tests {
 
     /// Everybody who is ever chosen.
     fn chosen(all: &[Workload], service: &Service, node: &str, zone: &str) -> BTreeSet<String> {
+        chosen_at(CLUSTER, all, service, node, zone)
+    }
+
+    fn chosen_at(
+        dialled: IpAddr,
+        all: &[Workload],
+        service: &Service,
+        node: &str,
+        zone: &str,
+    ) -> BTreeSet<String> {
         let mut endpoints = Endpoints::default();
         all.iter().for_each(|w| endpoints.insert(Arc::new(w.clone())));
         let mut n = 0;
@@ -164,7 +188,7 @@ mod tests {
             n += 7;
             n % len
         };
-        let caller = Caller { node, zone };
+        let caller = Caller { node, zone, dialled };
         let once =
             |_| endpoints.choose(service, 80, caller, &mut random, |_| 0).map(|(w, _)| w.name.to_string());
         (0..100).filter_map(once).collect()
@@ -202,6 +226,14 @@ mod tests {
                 "{nearness:?} {node} {zone}"
             );
         }
+    }
+
+    #[test]
+    fn a_policy_for_the_node_is_one_for_cluster_addresses() {
+        let all = [endpoint("a", "z1", "n1"), endpoint("b", "z2", "n2")];
+        let external = [203, 0, 113, 9].into();
+        assert_eq!(chosen_at(external, &all, &service(Nearness::OnlyNode), "n1", "z1"), names(&["a", "b"]));
+        assert_eq!(chosen_at(external, &all, &service(Nearness::PreferNode), "n1", "z1"), names(&["a"]));
     }
 
     #[test]

@@ -330,7 +330,7 @@ impl Mesh {
         uid: &str,
     ) -> Option<(Arc<Workload>, u16)> {
         let workload = self.workload(uid)?;
-        let is_near = service.nearness != Nearness::OnlyNode || &*workload.node == caller.node;
+        let is_near = caller.nearness(service) != Nearness::OnlyNode || &*workload.node == caller.node;
         let is_well = workload.health == Health::Ready || service.accepts_unready;
         let port = workload.target_port(&service.key, port)?;
         (is_near && is_well && !workload.addresses.is_empty()).then(|| (workload.clone(), port))
@@ -523,7 +523,7 @@ pub(crate) mod tests {
         else {
             panic!("no service")
         };
-        let here = Caller { node: "n", zone: "" };
+        let here = Caller { node: "n", zone: "", dialled: ip("10.96.0.1") };
         let mut n = 0;
         for _ in 0..100 {
             let random = |len: usize| {
@@ -545,7 +545,10 @@ pub(crate) mod tests {
         mesh.apply([Entry::Workload(a.clone())], []);
         let Entry::Service(any) = service("ns/s", &["10.96.0.1"]) else { unreachable!() };
         let local = Service { nearness: Nearness::OnlyNode, ..(*any).clone() };
-        let (here, elsewhere) = (Caller { node: "n", zone: "" }, Caller { node: "m", zone: "" });
+        let (here, elsewhere) = (
+            Caller { node: "n", zone: "", dialled: ip("10.96.0.1") },
+            Caller { node: "m", zone: "", dialled: ip("10.96.0.1") },
+        );
         let again = |mesh: &Mesh, service: &Service, port, caller| {
             mesh.endpoint_again(service, port, caller, "c//Pod/ns/a").map(|(_, port)| port)
         };
