@@ -129,9 +129,14 @@ impl Source {
     /// Takes in one event and passes on what follows. False when nobody listens any more.
     async fn take(&mut self, told: Told) -> bool {
         let (change, heard) = match told {
-            Told::Broken { what, why } => {
+            Told::Broken { what, why, passes } => {
                 if self.broken.get(what) != Some(&why) {
-                    tracing::error!(target: "source", "cannot watch {what}: {why}; trying again");
+                    match passes {
+                        true => tracing::warn!(target: "source", "cannot watch {what}: {why}; trying again"),
+                        false => {
+                            tracing::error!(target: "source", "cannot watch {what}: {why}; trying again")
+                        }
+                    }
                     self.broken.insert(what, why);
                 }
                 return true;

@@ -58,6 +58,8 @@ pub enum Told {
     Broken {
         what: &'static str,
         why: String,
+        /// As [`cluster::passes`] has it.
+        passes: bool,
     },
     /// Said with every sign of life.
     Working {
@@ -119,7 +121,8 @@ async fn list_and_watch(objects: &Api<DynamicObject>, told: &mpsc::Sender<Told>)
         let event = match event {
             Ok(event) => event,
             Err(error) if is_missing(&error) => {
-                told.send(Told::Broken { what: ENROLLMENT, why: REMEDY.to_owned() }).await.ok()?;
+                let why = REMEDY.to_owned();
+                told.send(Told::Broken { what: ENROLLMENT, why, passes: false }).await.ok()?;
                 continue;
             }
             Err(error) => {
@@ -162,7 +165,7 @@ async fn record(told: &mpsc::Sender<Told>, object: &DynamicObject) -> Option<Opt
         Ok(record) => Some(Some(record)),
         Err(error) => {
             let why = format!("{error}; if it cannot be mended, delete it");
-            told.send(Told::Broken { what: ENROLLMENT, why }).await.ok()?;
+            told.send(Told::Broken { what: ENROLLMENT, why, passes: false }).await.ok()?;
             Some(None)
         }
     }
@@ -199,15 +202,17 @@ impl Backoff for Impatient {
 
 /// Says that a watch is broken, unless all that happened is that it was too old to go on and is listing anew.
 async fn broken(told: &mpsc::Sender<Told>, what: &'static str, error: &watcher::Error) -> bool {
-    let why = match error {
+    let (why, passes) = match error {
         watcher::Error::WatchError(status) if status.code == 410 => return true,
-        watcher::Error::WatchError(status) => status.message.clone(),
+        watcher::Error::WatchError(status) => (status.message.clone(), cluster::passes(status.code)),
         watcher::Error::InitialListFailed(error)
         | watcher::Error::WatchStartFailed(error)
-        | watcher::Error::WatchFailed(error) => cluster::words(error),
-        other => other.to_string(),
+        | watcher::Error::WatchFailed(error) => {
+            (cluster::words(error), cluster::passes(cluster::code(error)))
+        }
+        other => (other.to_string(), false),
     };
-    told.send(Told::Broken { what, why }).await.is_ok()
+    told.send(Told::Broken { what, why, passes }).await.is_ok()
 }
 
 fn is_missing(error: &watcher::Error) -> bool {
