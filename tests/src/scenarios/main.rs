@@ -16,6 +16,7 @@ mod kubernetes;
 mod operations;
 mod outside;
 mod pods;
+mod policies;
 mod races;
 mod rogue;
 mod runner;
@@ -60,6 +61,7 @@ fn all() -> Vec<Scenario> {
         failure::SCENARIOS,
         races::SCENARIOS,
         identity::SCENARIOS,
+        policies::SCENARIOS,
         outside::SCENARIOS,
         frontends::SCENARIOS,
         socket_lb::SCENARIOS,
