@@ -2,6 +2,7 @@
 #![allow(clippy::disallowed_methods, reason = "no async runtime runs on the threads of the scenarios")]
 
 mod apiserver;
+mod apiserver_policies;
 mod bed;
 mod caller;
 mod chart;
@@ -68,6 +69,7 @@ fn all() -> Vec<Scenario> {
         operations::SCENARIOS,
         chart::SCENARIOS,
         apiserver::SCENARIOS,
+        apiserver_policies::SCENARIOS,
         kubernetes::SCENARIOS,
         check::SCENARIOS,
     ]
