@@ -173,6 +173,7 @@ impl Views {
                 "health": format!("{:?}", w.health),
                 "zone": &*w.zone,
                 "services": w.services.iter().map(|(key, _)| &**key).collect::<Vec<_>>(),
+                "policies": w.policies.iter().map(|name| &**name).collect::<Vec<_>>(),
             })),
             weft_core::Entry::Service(_) => None,
         });

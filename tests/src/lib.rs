@@ -30,6 +30,7 @@ pub mod relay;
 pub mod servers;
 pub mod socket_lb;
 pub mod sockets;
+pub mod stand_in;
 pub mod topology;
 pub mod traffic;
 
@@ -48,4 +49,5 @@ pub use process::Process;
 pub use servers::Server;
 pub use socket_lb::SocketLb;
 pub use sockets::{Checksum, Dial};
+pub use stand_in::StandIn;
 pub use traffic::Traffic;
