@@ -19,7 +19,11 @@ pub fn checks(view: &View, installed: &Installed) -> Vec<Check> {
         Check::from(
             Outcome::Warning,
             accepted,
-            installed.authorization.as_ref().map_err(String::clone).map(|all| all.iter().filter_map(refused).collect()),
+            installed
+                .authorization
+                .as_ref()
+                .map_err(String::clone)
+                .map(|all| all.iter().filter_map(refused).collect()),
             "kubectl get authorizationpolicies.policy.weft.dev -A\ndocs/policy.md says what a policy can say",
         ),
         Check::from(
@@ -33,7 +37,8 @@ pub fn checks(view: &View, installed: &Installed) -> Vec<Check> {
 
 /// What is wrong with a policy: as the controller says it, or as it can be read from the policy itself.
 fn refused(policy: &AuthorizationPolicy) -> Option<String> {
-    let name = format!("{}/{}", policy.metadata.namespace.as_deref().unwrap_or_default(), policy.metadata.name);
+    let name =
+        format!("{}/{}", policy.metadata.namespace.as_deref().unwrap_or_default(), policy.metadata.name);
     let condition = policy.status.conditions.iter().find(|condition| condition.kind == ACCEPTED);
     match (&policy.spec, condition) {
         (_, Some(condition)) if !condition.is_true() => Some(format!("{name}: {}", condition.message)),
