@@ -13,13 +13,21 @@ use serde::{
 };
 use serde_json::Value;
 
-use crate::{field::is_dns_subdomain, meta::ObjectMeta};
+use crate::{field::is_dns_subdomain, meta::ObjectMeta, pod::Condition};
 
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct AuthorizationPolicy {
     pub metadata: ObjectMeta,
     #[serde(default = "no_spec", deserialize_with = "spec")]
     pub spec: Result<PolicySpec, Unintelligible>,
+    #[serde(default, deserialize_with = "crate::field::nullable")]
+    pub status: PolicyStatus,
+}
+
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
+pub struct PolicyStatus {
+    #[serde(default, deserialize_with = "crate::field::nullable")]
+    pub conditions: Vec<Condition>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -326,6 +334,11 @@ fn says_something(rule: &Rule) -> Result<(), String> {
 }
 
 impl AuthorizationPolicy {
+    /// Whether the mesh follows the same from both: what Weft itself writes there counts for nothing.
+    pub fn is_same_to_mesh(&self, other: &Self) -> bool {
+        (&self.metadata, &self.spec) == (&other.metadata, &other.spec)
+    }
+
     pub fn target(&self) -> &Target {
         match &self.spec {
             Ok(spec) => &spec.target,

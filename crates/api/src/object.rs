@@ -154,6 +154,7 @@ impl Object {
     pub fn is_same_to_mesh(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::Pod(one), Self::Pod(other)) => one.is_same_to_mesh(other),
+            (Self::AuthorizationPolicy(one), Self::AuthorizationPolicy(other)) => one.is_same_to_mesh(other),
             (one, other) => one == other,
         }
     }
