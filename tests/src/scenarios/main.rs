@@ -18,6 +18,7 @@ mod operations;
 mod outside;
 mod pods;
 mod policies;
+mod policies_table;
 mod races;
 mod rogue;
 mod runner;
@@ -63,6 +64,7 @@ fn all() -> Vec<Scenario> {
         races::SCENARIOS,
         identity::SCENARIOS,
         policies::SCENARIOS,
+        policies_table::SCENARIOS,
         outside::SCENARIOS,
         frontends::SCENARIOS,
         socket_lb::SCENARIOS,
