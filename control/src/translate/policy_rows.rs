@@ -1,7 +1,7 @@
 //! Policies from the manifests to the verdict, as the controller says them and agents decide by them, held to the test
 //! bed's model of what they mean: row by row, those that a person has written and thousands at random.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use serde_json::{Value, json};
 use weft_core::{
@@ -54,12 +54,12 @@ fn guard(translation: &Translation, pod: &Value) -> Option<Guard> {
     };
     let read = |name: &String| {
         let policy = prost::Message::encode_to_vec(&translation.policies[name]);
-        weft_proto::authorization::read(name, &policy).unwrap()
+        Arc::new(weft_proto::authorization::read(name, &policy).unwrap())
     };
-    let policies: Vec<Policy> = workload.authorization_policies.iter().map(read).collect();
+    let policies: Vec<Arc<Policy>> = workload.authorization_policies.iter().map(read).collect();
     let enrolled = translation.local["n1"][&uid].enroll;
     assert!(enrolled || policies.is_empty(), "{uid} is not in the mesh");
-    enrolled.then(|| Guard::new(&policies))
+    enrolled.then(|| Guard::new(policies))
 }
 
 fn decide(guard: &Guard, caller: &Caller, port: u16) -> Verdict {

@@ -123,7 +123,7 @@ fn spec(random: &mut Random, words: &Words) -> Map<String, Value> {
     if action != "Allow" || random.chance(50) {
         spec.insert("action".to_owned(), json!(action));
     }
-    let count = random.pick(&[0, 1, 1, 1, 2, 3]);
+    let count = random.pick(&[0, 1, 1, 1, 2, 3]).max(usize::from(action == "Deny"));
     let rules: Vec<Value> = (0..count).map(|_| rule(random, words)).collect();
     if !rules.is_empty() {
         spec.insert("rules".to_owned(), json!(rules));

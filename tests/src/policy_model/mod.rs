@@ -60,7 +60,7 @@ pub fn verdict(mesh: Mesh, objects: &[Value], pod: &Value, caller: &Caller, port
         return None;
     }
     let policies: Vec<Policy> =
-        policies_about(objects, pod).map(|(policy, _)| Policy::read(policy)).collect();
+        policies_about(objects, pod).map(|(policy, _)| Policy::read(objects, policy)).collect();
     let those = |action: &str| policies.iter().filter(|p| p.action == action).collect::<Vec<_>>();
     let [allows, denies, audits] = ["Allow", "Deny", "Audit"].map(those);
     let any_matches =
@@ -68,7 +68,8 @@ pub fn verdict(mesh: Mesh, objects: &[Value], pod: &Value, caller: &Caller, port
 
     let proves = |what: &str| match what {
         "all-authenticated" => caller.identity.is_some(),
-        "cluster-authenticated" => is_of_own_domain(caller),
+        // Whatever denies asks of whom an Allow admits as much as what comes before it.
+        "cluster-authenticated" | "deny" => is_of_own_domain(caller),
         _ => true,
     };
     if any_matches(&denies) || !proves(mesh.floor) {
@@ -143,8 +144,8 @@ fn is_of_own_domain(caller: &Caller) -> bool {
 
 /// Where what it is about cannot be read, that is its whole namespace.
 fn is_about(objects: &[Value], policy: &Value, pod: &Value) -> bool {
-    let spec = without_nulls(&policy["spec"]);
-    if !target_is_understood(&spec) {
+    let spec = spec_of(policy);
+    if !target_is_understood(&spec) || lacks_a_service(objects, policy) {
         return true;
     }
     if let Some(wanted) = spec["selector"]["matchLabels"].as_object() {
@@ -156,6 +157,17 @@ fn is_about(objects: &[Value], policy: &Value, pod: &Value) -> bool {
 
 fn has_labels(pod: &Value, wanted: &Map<String, Value>) -> bool {
     wanted.iter().all(|(key, value)| pod["metadata"]["labels"].get(key) == Some(value))
+}
+
+/// Whether it is about a Service that is not there: then nobody knows what else it should be about.
+fn lacks_a_service(objects: &[Value], policy: &Value) -> bool {
+    let spec = spec_of(policy);
+    let is_there = |name: &str| find(objects, "Service", namespace_of(policy), name).is_some();
+    spec["targetRefs"]
+        .as_array()
+        .into_iter()
+        .flatten()
+        .any(|target| !target["name"].as_str().is_some_and(is_there))
 }
 
 /// Behind a Service by its selector, or because one of its slices says so.
@@ -182,16 +194,16 @@ fn namespace_of_target<'a>(target: &'a Value, own: &'a str) -> &'a str {
     target["namespace"].as_str().unwrap_or(own)
 }
 
-/// A policy's content. One that cannot be understood is a Deny of everybody.
+/// A policy's content. One that cannot be understood, or lacks a Service, is a Deny of everybody.
 struct Policy {
     action: String,
     rules: Vec<Value>,
 }
 
 impl Policy {
-    fn read(policy: &Value) -> Policy {
-        let spec = without_nulls(&policy["spec"]);
-        if !is_understood(&spec) {
+    fn read(objects: &[Value], policy: &Value) -> Policy {
+        let spec = spec_of(policy);
+        if !is_understood(&spec) || lacks_a_service(objects, policy) {
             return Policy { action: "Deny".to_owned(), rules: vec![json!({})] };
         }
         Policy {
@@ -274,25 +286,33 @@ fn parse_range(text: &str) -> Option<(IpAddr, u32)> {
     (length <= bits).then_some((address, length))
 }
 
-fn contains((network, length): (IpAddr, u32), address: IpAddr) -> bool {
-    let bits = |ip: IpAddr| match ip {
+fn bits(address: IpAddr) -> String {
+    match address {
         IpAddr::V4(ip) => format!("{:032b}", ip.to_bits()),
         IpAddr::V6(ip) => format!("{:0128b}", ip.to_bits()),
-    };
+    }
+}
+
+fn contains((network, length): (IpAddr, u32), address: IpAddr) -> bool {
     let (network, address) = (bits(network), bits(address));
     network.len() == address.len() && network[..length as usize] == address[..length as usize]
 }
 
-/// To Kubernetes, a field that is null is not there.
-fn without_nulls(value: &Value) -> Value {
-    match value {
-        Value::Object(fields) => {
-            let there = fields.iter().filter(|(_, value)| !value.is_null());
-            there.map(|(key, value)| (key.clone(), without_nulls(value))).collect::<Map<_, _>>().into()
+/// The specification without what says as much as nothing: what is null, unless it is in a rule, where it might be a list
+/// that was to be filled in, and a target that is the policy's own Namespace.
+fn spec_of(policy: &Value) -> Value {
+    let mut spec = policy["spec"].clone();
+    if let Some(fields) = spec.as_object_mut() {
+        let own = json!([{"kind": "Namespace", "name": namespace_of(policy)}]);
+        fields.retain(|key, value| key == "action" || !value.is_null());
+        if !fields.contains_key("selector") {
+            fields.retain(|_, value| *value != own);
         }
-        Value::Array(items) => items.iter().map(without_nulls).collect(),
-        other => other.clone(),
     }
+    if let Some(selector) = spec.get_mut("selector").and_then(Value::as_object_mut) {
+        selector.retain(|_, labels| !labels.is_null());
+    }
+    spec
 }
 
 fn is_understood(spec: &Value) -> bool {
@@ -323,6 +343,8 @@ fn is_understood(spec: &Value) -> bool {
             .get("action")
             .is_none_or(|action| ["Allow", "Deny", "Audit"].iter().any(|known| action == known))
         && spec.get("rules").is_none_or(|rules| rules.as_array().is_some_and(|rules| rules.iter().all(rule)))
+        // A Deny of nobody is a slip.
+        && (spec["action"] != "Deny" || spec["rules"].as_array().is_some_and(|rules| !rules.is_empty()))
 }
 
 /// A list of one or more entries that are all in order.
@@ -358,17 +380,27 @@ fn is_source_entry(list: &str, entry: &Value) -> bool {
             text.matches('/').count() < 2 && text.split('/').all(is_name)
         }
         _ => parse_range(text).is_some_and(|(address, length)| {
-            // No caller's address is of this form: it would say nothing, and look as if it did.
-            length == 0 || address == address.to_canonical()
+            // No caller's address is of the other form: it would say nothing, and look as if it did.
+            let is_of_callers = length == 0 || address == address.to_canonical();
+            is_of_callers && bits(address)[length as usize..].bytes().all(|bit| bit == b'0')
         }),
     }
 }
 
-/// A SPIFFE ID, with `*` as its first or its last character.
+/// A SPIFFE ID, with `*` as its first or its last character, of what comes behind the scheme.
 fn is_pattern(text: &str) -> bool {
-    let plain = text.strip_prefix('*').or_else(|| text.strip_suffix('*')).unwrap_or(text);
-    let scheme = text == "*" || text.starts_with('*') || text.starts_with("spiffe://");
-    scheme && !plain.contains('*') && (!plain.is_empty() || text == "*") && text != "spiffe://"
+    let whole = |id: &str| match id.split('/').collect::<Vec<_>>().as_slice() {
+        ["spiffe:", "", names @ ..] => {
+            matches!(names, [_, "ns", _, "sa", _]) && names.iter().all(|name| is_name(name))
+        }
+        _ => false,
+    };
+    match (text.strip_prefix('*'), text.strip_suffix('*')) {
+        (Some(""), _) => true,
+        (Some(end), _) => !end.contains('*') && !end.contains("//"),
+        (_, Some(beginning)) => !beginning.contains('*') && beginning.starts_with("spiffe://"),
+        _ => whole(text),
+    }
 }
 
 fn is_name(text: &str) -> bool {
