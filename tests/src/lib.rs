@@ -23,6 +23,7 @@ pub mod netns;
 pub mod packet;
 pub mod place;
 pub mod pod;
+pub mod policy_model;
 pub mod poll;
 pub mod process;
 pub mod programs;

@@ -19,6 +19,7 @@ mod outside;
 mod pods;
 mod policies;
 mod policies_held;
+mod policies_table;
 mod races;
 mod rogue;
 mod runner;
@@ -65,6 +66,7 @@ fn all() -> Vec<Scenario> {
         identity::SCENARIOS,
         policies::SCENARIOS,
         policies_held::SCENARIOS,
+        policies_table::SCENARIOS,
         outside::SCENARIOS,
         frontends::SCENARIOS,
         socket_lb::SCENARIOS,
