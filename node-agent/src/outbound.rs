@@ -47,10 +47,10 @@ pub async fn serve(
     // Opening needs several times the memory that carrying does, and is over soon.
     match Box::pin(open(&worker, &pod, &mut connection)).await {
         Ok((Far::Tunnel(stream), _load)) => {
-            carry(&connection, &counters, pin!(relay(app, stream, &counters))).await;
+            carry(&mut connection, None, &counters, pin!(relay(app, stream, &counters))).await;
         }
         Ok((Far::Socket(socket), _load)) => {
-            carry(&connection, &counters, pin!(relay_plain(app, socket, &counters))).await;
+            carry(&mut connection, None, &counters, pin!(relay_plain(app, socket, &counters))).await;
         }
         Err(refusal) => connection.refused(&refusal),
     }
@@ -79,8 +79,9 @@ async fn open(
     };
     connection.via = Some(to);
     match workload {
-        // Unless it is the pod itself, by way of a service: that never leaves the pod and needs no tunnel.
-        Some(workload) if workload.tunnel == Tunnel::Hbone && workload.uid != pod.uid => {
+        // Unless it is the pod itself, by way of a service: that never leaves the pod and needs no tunnel. Another pod that
+        // was made under its name on another node is not itself.
+        Some(workload) if workload.tunnel == Tunnel::Hbone && !pod.owns(to.ip()) => {
             let load = worker.load_on(&workload.uid);
             connection.security = Security::mutual_tls;
             connection.destination.principal = Some(workload.identity.clone());

@@ -16,6 +16,7 @@ use weft_proto::type_url;
 use weft_xds::Update;
 
 use crate::{
+    authorization::{self, Guarded, Guards},
     convert::{self, ConvertError, LocalPod, MeshSettings},
     metrics::Metrics,
 };
@@ -27,6 +28,8 @@ pub struct Snapshot {
     /// `None` until the controller has sent it.
     pub settings: Option<Arc<MeshSettings>>,
     pub local: BTreeMap<Arc<str>, LocalPod>,
+    /// What policies say of the pods in `local`.
+    pub guarded: Guarded,
     /// Every type has arrived at least once.
     pub synced: bool,
 }
@@ -51,8 +54,13 @@ enum ApplyError {
 }
 
 /// Resource types in the order in which they are asked for: settings first, because reading the others needs them.
-pub const TYPES: [&str; 4] =
-    [type_url::MESH_CONFIG, type_url::NODE, type_url::ADDRESS, type_url::LOCAL_WORKLOAD];
+pub const TYPES: [&str; 5] = [
+    type_url::MESH_CONFIG,
+    type_url::NODE,
+    type_url::AUTHORIZATION,
+    type_url::ADDRESS,
+    type_url::LOCAL_WORKLOAD,
+];
 
 /// Runs until the channel closes. `publish` holds what workers read.
 pub async fn run(
@@ -61,8 +69,12 @@ pub async fn run(
     mut updates: mpsc::Receiver<Update>,
     publish: watch::Sender<Arc<Snapshot>>,
 ) {
-    let mut applier =
-        Applier { maps: Maps::adopt(kernel), seen: HashSet::new(), current: Snapshot::default() };
+    let mut applier = Applier {
+        maps: Maps::adopt(kernel),
+        guards: Guards::default(),
+        seen: HashSet::new(),
+        current: Snapshot::default(),
+    };
     while let Some(update) = updates.recv().await {
         match applier.apply(&update) {
             Ok(()) => {
@@ -83,6 +95,7 @@ pub async fn run(
 
 struct Applier {
     maps: Maps,
+    guards: Guards,
     seen: HashSet<&'static str>,
     current: Snapshot,
 }
@@ -105,6 +118,11 @@ impl Applier {
                 let read = |r: &weft_xds::Resource| convert::entry(&r.name, &r.value, &settings.trust_domain);
                 let upserts = update.upserts.iter().map(read).collect::<Result<Vec<_>, _>>()?;
                 touched.extend(next.mesh.apply(upserts, update.removed.iter().map(|n| n.as_str().into())));
+            }
+            // None of them is refused: what cannot be understood denies.
+            type_url::AUTHORIZATION => {
+                let read = update.upserts.iter().map(|r| (&*r.name, authorization::read(&r.name, &r.value)));
+                self.guards.apply(read, &update.removed);
             }
             type_url::NODE => {
                 let read = |r: &weft_xds::Resource| convert::node(&r.name, &r.value);
@@ -130,6 +148,9 @@ impl Applier {
         if first_sync {
             self.maps.forget_unwanted(&next)?;
         }
+        let new: Vec<&str> = update.upserts.iter().map(|r| r.name.as_str()).collect();
+        let removed: Vec<&str> = update.removed.iter().map(String::as_str).collect();
+        next.guarded = self.guards.follow(&next, update.type_url, &new, &removed);
         self.current = next;
         Ok(())
     }

@@ -5,6 +5,7 @@
 //! namespace ──► its pods                                             zone of a node ──► its pods
 //! pod ──► slices that refer to it, or name an address it claims      node, service CIDR ──► networks
 //! service ──► its slices                                             networks ──► problems of pods and services
+//! policy ──► the pods of its namespace                               service that policies target ──► the same, and them
 //! slice ──► pods and other endpoints that it says something else of
 //! ```
 //!
@@ -17,11 +18,13 @@ use std::{
 
 use weft_proto::{
     node::{LocalWorkload, MeshConfig, Node},
+    security::Authorization,
     workload::{Address, address},
 };
 
 use super::{
     Identities, MeshSettings, mesh_config, networks, place,
+    policies::{self, Policy},
     services::{self, Membership, Slice},
     workloads,
 };
@@ -38,6 +41,7 @@ pub struct Changes {
     pub local: BTreeMap<String, BTreeMap<String, Option<LocalWorkload>>>,
     pub mesh: Option<MeshConfig>,
     pub nodes: BTreeMap<String, Option<Node>>,
+    pub policies: BTreeMap<String, Option<Authorization>>,
     /// What a person should know, by what it is about.
     pub problems: BTreeMap<String, Option<String>>,
 }
@@ -60,6 +64,7 @@ pub struct Translator {
     mesh: Option<MeshConfig>,
     desired: Places,
     identities: Identities,
+    policies: BTreeMap<Name, Policy>,
     slices: BTreeMap<Name, Slice>,
     /// Slices by the pods that they put behind a Service.
     slices_of_pod: Index<Name>,
@@ -85,6 +90,7 @@ impl Translator {
             mesh: None,
             desired: Places::new(),
             identities: Identities::default(),
+            policies: BTreeMap::new(),
             slices: BTreeMap::new(),
             slices_of_pod: Index::default(),
             slices_of_address: Index::default(),
@@ -145,6 +151,11 @@ impl Translator {
             self.translate_slice(store, name, &mut dirty);
         }
         let mut changes = Changes::default();
+        if self.mesh.is_none() {
+            let built_in = policies::built_in(&self.settings.trust_domain).into_iter();
+            changes.policies.extend(built_in.map(|(name, policy)| (name, Some(policy))));
+        }
+        self.translate_policies(store, touched, &mut dirty, &mut changes);
         if touched.networks || self.mesh.is_none() {
             self.translate_networks(store, &mut dirty, &mut changes);
         }
@@ -219,6 +230,34 @@ impl Translator {
         self.mesh = Some(mesh);
     }
 
+    fn translate_policies(
+        &mut self,
+        store: &Store,
+        touched: &Touched,
+        dirty: &mut Dirty,
+        changes: &mut Changes,
+    ) {
+        let mut names = touched.policies.clone();
+        for (namespace, service) in &touched.services {
+            let targeting =
+                store.policies_in(namespace).filter(|(_, policy)| policies::targets(policy, service));
+            names.extend(targeting.map(|(name, _)| name.clone()));
+        }
+        let namespaces: BTreeSet<&str> = names.iter().map(|(namespace, _)| namespace.as_str()).collect();
+        dirty.pods.extend(namespaces.into_iter().flat_map(|namespace| store.pods_in(namespace)).cloned());
+        for name in names {
+            let new = policies::policy(store, &self.settings, &name);
+            let old = match &new {
+                Some(policy) => self.policies.insert(name.clone(), policy.clone()),
+                None => self.policies.remove(&name),
+            };
+            changes.policies.extend(old.map(|old| (old.name, None)));
+            let problem = new.as_ref().and_then(|policy| policy.problem.clone());
+            changes.problems.insert(format!("AuthorizationPolicy {}/{}", name.0, name.1), problem);
+            changes.policies.extend(new.map(|new| (new.name, Some(new.content))));
+        }
+    }
+
     fn translate_service(&self, store: &Store, name: &Name, changes: &mut Changes) {
         let (service, problem) = services::service(store, &self.settings, name).unzip();
         let service = service.map(|service| Address { r#type: Some(address::Type::Service(service)) });
@@ -237,7 +276,7 @@ impl Translator {
         let uid = self.settings.pod_uid(&name.0, &name.1);
         let tunnel = self.desired.get(&uid).is_some_and(|place| enrolled.holds(&uid, place));
         let membership = self.membership(name);
-        let pod = workloads::pod(store, &self.settings, name, &membership, tunnel);
+        let pod = workloads::pod(store, &self.settings, name, &membership, &self.policies, tunnel);
         let workload = pod.workload.map(|w| Address { r#type: Some(address::Type::Workload(w)) });
         changes.addresses.insert(uid.clone(), workload);
         changes.problems.insert(format!("Pod {}/{}", name.0, name.1), pod.problem);

@@ -19,6 +19,7 @@ use weft_proto::{
 
 use super::{
     MeshSettings, contains, octets,
+    policies::{self, InForce, Policy},
     services::{EndpointState, Membership, OtherEndpoint},
 };
 use crate::store::{Name, Store};
@@ -41,6 +42,7 @@ pub(super) fn pod(
     settings: &MeshSettings,
     name: &Name,
     membership: &Membership,
+    policies: &BTreeMap<Name, Policy>,
     tunnel: bool,
 ) -> TranslatedPod {
     let Some(pod) = store.pods.get(name).filter(|pod| !pod.is_gone()) else {
@@ -49,10 +51,18 @@ pub(super) fn pod(
     let choice = mesh_choice(store.namespaces.get(&name.0).map(|namespace| &**namespace), pod);
     let addresses = pod.addresses();
     let locality = locality(store, pod);
+    // What is not in the mesh is guarded by nobody.
+    let in_force = match choice.wanted {
+        true => policies::in_force(store, policies, settings, name, pod, membership),
+        false => InForce::default(),
+    };
     let workload = workload(settings, name, pod, &addresses, locality, membership, tunnel);
+    let workload = workload.map(|w| Workload { authorization_policies: in_force.names, ..w });
     let local = local(settings, name, pod, &addresses, choice.wanted);
     let problem = workload.as_ref().and_then(|_| address_problem(settings, &choice, &addresses));
-    let problem = problem.or_else(|| local.as_ref().and_then(|local| netns_problem(settings, local)));
+    let problem = problem
+        .or(in_force.problem)
+        .or_else(|| local.as_ref().and_then(|local| netns_problem(settings, local)));
     TranslatedPod { workload, local, problem }
 }
 

@@ -2,6 +2,7 @@
 #![allow(clippy::disallowed_methods, reason = "no async runtime runs on the threads of the scenarios")]
 
 mod apiserver;
+mod apiserver_policies;
 mod bed;
 mod caller;
 mod chart;
@@ -16,6 +17,7 @@ mod kubernetes;
 mod operations;
 mod outside;
 mod pods;
+mod policies;
 mod races;
 mod rogue;
 mod runner;
@@ -60,12 +62,14 @@ fn all() -> Vec<Scenario> {
         failure::SCENARIOS,
         races::SCENARIOS,
         identity::SCENARIOS,
+        policies::SCENARIOS,
         outside::SCENARIOS,
         frontends::SCENARIOS,
         socket_lb::SCENARIOS,
         operations::SCENARIOS,
         chart::SCENARIOS,
         apiserver::SCENARIOS,
+        apiserver_policies::SCENARIOS,
         kubernetes::SCENARIOS,
         check::SCENARIOS,
     ]
