@@ -47,7 +47,7 @@ pub struct Settings {
     /// The kubelet's cgroup2 cgroup, as /proc/PID/cgroup has it on the node: connections of root's processes in it are
     /// probes, and go straight to applications [default: found by the kubelet's process]
     #[arg(long, env = "WEFT_KUBELET_CGROUP", value_name = "PATH")]
-    pub kubelet_cgroup: Option<PathBuf>,
+    pub kubelet_cgroup: Option<String>,
     /// Unix socket of the admin interface [default: /run/weft/agent.sock]
     #[arg(long, env = "WEFT_ADMIN_SOCKET", value_name = "PATH")]
     pub admin_socket: Option<PathBuf>,
@@ -113,9 +113,9 @@ fn with_port(address: String) -> String {
     }
 }
 
-/// A chart's value that is not set comes as an empty variable.
-pub fn given(path: Option<PathBuf>) -> Option<PathBuf> {
-    path.filter(|path| !path.as_os_str().is_empty())
+/// A path that may be left out, also by an empty variable, as the chart's are.
+pub fn given(path: Option<String>) -> Option<PathBuf> {
+    path.filter(|path| !path.is_empty()).map(PathBuf::from)
 }
 
 /// Validated settings.

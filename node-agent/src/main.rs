@@ -104,7 +104,7 @@ struct KernelFlags {
     bpffs: std::path::PathBuf,
     /// The kubelet's cgroup2 cgroup [default: found by the kubelet's process]
     #[arg(long, env = "WEFT_KUBELET_CGROUP", value_name = "PATH")]
-    kubelet_cgroup: Option<std::path::PathBuf>,
+    kubelet_cgroup: Option<String>,
 }
 
 impl KernelFlags {

@@ -2,13 +2,13 @@
 //! doubt there is no kubelet, and its probes go to the agent as anybody's connections do.
 //!
 //! Unless a setting names the cgroup, the kubelet is a process
-//! * whose executable has a kubelet's name,
+//! * that has a kubelet's name,
 //! * that root runs, in all four of its user ids,
 //! * in the PID, mount and user namespaces of process 1, which is the node's (a container has a mount namespace of its own;
 //!   the kubelet cannot have, or no pod would see the volumes that it mounts),
 //! * outside every pod's cgroup, in whatever hierarchy.
 //!
-//! Such a process is root on the node, and could do as it likes without being taken for the kubelet. Its cgroup in cgroup2
+//! A name can be had by anybody, but whoever has the rest is root on the node, and needs no name to do as he likes. Its cgroup in cgroup2
 //! is what the kernel compares. That counts only if it is not the root, which is where a host that leaves cgroup2 aside for
 //! cgroup v1 has everybody, and if every process in it is in the node's mount namespace: with cgroup v1 containers may be
 //! in the cgroup2 cgroup of whoever started them, the agent's own among them. The kernel asks for that cgroup itself, not
@@ -27,8 +27,8 @@ use std::{
     thread,
 };
 
-/// Names of executables that are a kubelet or have one in them: k3s, MicroK8s.
-const NAMES: [&str; 3] = ["kubelet", "k3s", "kubelite"];
+/// Names of processes that are a kubelet, or have one in them: MicroK8s, k3s. See proc_pid_comm(5).
+const NAMES: [&str; 4] = ["kubelet", "kubelite", "k3s-server", "k3s-agent"];
 /// The node's first process, in a container that shares the node's PID namespace.
 const INIT: &str = "/proc/1";
 
@@ -147,10 +147,8 @@ impl Namespaces {
 
 /// The cgroup2 cgroup of a process, if that is a kubelet. One that ends meanwhile is none.
 fn cgroup_of_kubelet(process: &Path, node: &Namespaces) -> Option<PathBuf> {
-    let executable = fs::read_link(process.join("exe")).ok()?;
-    // The kernel says so of a file that was replaced, as by an upgrade.
-    let name = executable.file_name()?.to_str()?.trim_end_matches(" (deleted)");
-    if !NAMES.contains(&name) || !is_roots(&fs::read_to_string(process.join("status")).ok()?) {
+    let name = fs::read_to_string(process.join("comm")).ok()?;
+    if !NAMES.contains(&name.trim_end()) || !is_roots(&fs::read_to_string(process.join("status")).ok()?) {
         return None;
     }
     if Namespaces::of(process).ok()? != *node {

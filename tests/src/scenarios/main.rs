@@ -18,6 +18,7 @@ mod operations;
 mod outside;
 mod pods;
 mod policies;
+mod probes;
 mod races;
 mod rogue;
 mod runner;
@@ -66,6 +67,7 @@ fn all() -> Vec<Scenario> {
         outside::SCENARIOS,
         frontends::SCENARIOS,
         socket_lb::SCENARIOS,
+        probes::SCENARIOS,
         operations::SCENARIOS,
         chart::SCENARIOS,
         apiserver::SCENARIOS,
