@@ -20,6 +20,7 @@ mod pods;
 mod policies;
 mod policies_held;
 mod policies_table;
+mod probes;
 mod races;
 mod rogue;
 mod runner;
@@ -70,6 +71,7 @@ fn all() -> Vec<Scenario> {
         outside::SCENARIOS,
         frontends::SCENARIOS,
         socket_lb::SCENARIOS,
+        probes::SCENARIOS,
         operations::SCENARIOS,
         chart::SCENARIOS,
         apiserver::SCENARIOS,
