@@ -133,13 +133,45 @@ fn label(cluster: Builder) -> Result<()> {
         let named = metrics(&kube, "east")?.sum("weft_tcp_connections_opened_total", &labels);
         ensure!(named == calls, "of {calls} calls of the Service {service} {named} are named after it");
     }
-    // The kubelet's probes go on, and nothing was restarted.
-    for pod in names {
+    only_the_kubelet(&kube, &names, &page)
+}
+
+/// With everybody denied, the kubelets' probes of every kind go on, a second apart, and nothing is restarted; root on the
+/// node with the same address is refused, and so is everybody else but by an Allow.
+fn only_the_kubelet(kube: &KubeCluster, pods: &[&str], page: &str) -> Result<()> {
+    let deny = "policy.weft.dev/default-inbound=deny";
+    kube.kubectl(["annotate", "namespace", "shop", deny])?;
+    let url = format!("http://{}/", kube.field("shop", "service/web", ".spec.clusterIP")?);
+    until(POD_READY, "everybody is denied", || Ok(fetch(kube, &url, page).is_err()))?;
+    let to = kube.field("shop", "pod/web", ".status.podIP")?;
+    let direct = format!("http://{to}:8080/");
+    let west = kube.node("west")?;
+    let curl = ["--silent", "--show-error", "--max-time", "3", &direct];
+    let root_on_the_node = west.place().try_run("curl", curl)?;
+    ensure!(!root_on_the_node.status.success(), "root on the node was taken for its kubelet");
+
+    let passed = || Ok::<_, anyhow::Error>(metrics(kube, "west")?.sum("weft_kernel_probes_total", &[]));
+    let before = passed()?;
+    // Longer than a liveness probe may fail.
+    pause(Duration::from_secs(6));
+    let probes = passed()? - before;
+    ensure!(probes >= 8.0, "the kernel passed {probes} of the kubelet's connections in six seconds");
+    for pod in pods {
         let restarts =
             kube.field("shop", &format!("pod/{pod}"), ".status.containerStatuses[0].restartCount")?;
         ensure!(restarts == "0", "{pod} was restarted {restarts} times");
     }
-    kube.wait_ready("shop", &names, POD_READY)
+    kube.wait_ready("shop", pods, POD_READY)?;
+    // A pod that is born into it passes its startup probe.
+    kube.apply(&server("late", "west", page))?;
+    kube.wait_ready("shop", &["late"], POD_READY).context("a pod that is born where everybody is denied")?;
+
+    kube.apply(
+        "apiVersion: policy.weft.dev/v1alpha1\nkind: AuthorizationPolicy\n\
+         metadata: {name: clients, namespace: shop}\n\
+         spec: {selector: {matchLabels: {app: web}}, rules: [{from: [{serviceAccounts: [default]}]}]}",
+    )?;
+    until(POD_READY, "an Allow lets the client in", || fetch(kube, &url, page).map(|()| true))
 }
 
 fn operations(cluster: Builder) -> Result<()> {

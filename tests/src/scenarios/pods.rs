@@ -47,7 +47,9 @@ spec:
   - name: web
     image: localhost/nginx:test
     command: [/usr/sbin/nginx, -e, stderr, -c, /web/nginx.conf]
+    startupProbe: {{tcpSocket: {{port: 8080}}, periodSeconds: 1, failureThreshold: 30}}
     readinessProbe: {{httpGet: {{path: /, port: 8080}}, periodSeconds: 1}}
+    livenessProbe: {{tcpSocket: {{port: 8080}}, periodSeconds: 1, failureThreshold: 3}}
     volumeMounts: [{{name: web, mountPath: /web}}]
   volumes:
   - name: web
