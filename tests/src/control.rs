@@ -6,6 +6,7 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use rcgen::{Issuer, KeyPair};
 
 use crate::binaries::binary;
 use crate::http::get;
@@ -109,6 +110,13 @@ impl Controller {
     /// The directory with the root certificate (`root.pem`), its key (`root.key`), and who is enrolled; not in a cluster.
     pub fn state_dir(&self) -> PathBuf {
         self.place.dir().join("state")
+    }
+
+    /// The root, for certificates that it did not give; not in a cluster.
+    pub fn issuer(&self) -> Result<Issuer<'static, KeyPair>> {
+        let key = std::fs::read_to_string(self.state_dir().join("root.key")).context("the root's key")?;
+        let root = std::fs::read_to_string(self.state_dir().join("root.pem")).context("the root")?;
+        Ok(Issuer::from_ca_cert_pem(&root, KeyPair::from_pem(&key)?)?)
     }
 
     /// Where agents find it.

@@ -18,7 +18,9 @@ mod operations;
 mod outside;
 mod pods;
 mod policies;
+mod policies_held;
 mod policies_table;
+mod probes;
 mod races;
 mod rogue;
 mod runner;
@@ -64,10 +66,12 @@ fn all() -> Vec<Scenario> {
         races::SCENARIOS,
         identity::SCENARIOS,
         policies::SCENARIOS,
+        policies_held::SCENARIOS,
         policies_table::SCENARIOS,
         outside::SCENARIOS,
         frontends::SCENARIOS,
         socket_lb::SCENARIOS,
+        probes::SCENARIOS,
         operations::SCENARIOS,
         chart::SCENARIOS,
         apiserver::SCENARIOS,

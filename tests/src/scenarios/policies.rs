@@ -29,9 +29,9 @@ pub const SCENARIOS: &[Scenario] = &[
 ];
 
 /// News that come to an agent by way of a file.
-const NEWS: Duration = Duration::from_secs(5);
+pub const NEWS: Duration = Duration::from_secs(5);
 /// What a change may take, from the file to the end of a connection.
-const FLIP: Duration = Duration::from_secs(1);
+pub const FLIP: Duration = Duration::from_secs(1);
 
 /// Writes a policy of the namespace `shop`. `spec` is YAML in one line.
 fn policy(cluster: &Cluster, name: &str, spec: &str) -> Result<()> {
@@ -49,7 +49,7 @@ fn policy_file(name: &str) -> String {
 }
 
 /// Says by annotation who may call the pods of `shop`, which stays in the mesh.
-fn default_inbound(cluster: &Cluster, who: &str) -> Result<()> {
+pub fn default_inbound(cluster: &Cluster, who: &str) -> Result<()> {
     let metadata = format!(
         "{{name: shop, labels: {{weft.dev/mesh: enabled}}, annotations: {{policy.weft.dev/default-inbound: {who}}}}}"
     );
@@ -58,7 +58,7 @@ fn default_inbound(cluster: &Cluster, who: &str) -> Result<()> {
 }
 
 /// Waits until a call from `place` succeeds, or no longer does.
-fn until_let_in(place: &Place, to: SocketAddr, expected: bool) -> Result<()> {
+pub fn until_let_in(place: &Place, to: SocketAddr, expected: bool) -> Result<()> {
     let what = format!("{} is {} at {to}", place.name(), if expected { "let in" } else { "refused" });
     until(NEWS, &what, || match call(place, to, "may I") {
         Ok(()) => Ok(expected),
@@ -80,7 +80,7 @@ fn all(what: &str, calls: &[(&Place, SocketAddr)], expected: bool) -> Result<()>
 }
 
 /// Waits for the end of a connection that is open. Returns when it came.
-fn cut(stream: &mut TcpStream, limit: Duration) -> Result<Instant> {
+pub fn cut(stream: &mut TcpStream, limit: Duration) -> Result<Instant> {
     stream.set_read_timeout(Some(limit))?;
     match stream.read(&mut [0; 16]) {
         Ok(0) => bail!("the connection ended as if the server had closed it"),
@@ -90,7 +90,7 @@ fn cut(stream: &mut TcpStream, limit: Duration) -> Result<Instant> {
     }
 }
 
-fn judged(agent: &Agent, verdict: &str, policy: &str) -> Result<f64> {
+pub fn judged(agent: &Agent, verdict: &str, policy: &str) -> Result<f64> {
     Ok(agent.metrics()?.sum("weft_authorization_total", &[("verdict", verdict), ("policy", policy)]))
 }
 

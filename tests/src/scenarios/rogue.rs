@@ -36,11 +36,8 @@ impl Forged {
     }
 
     fn make(&self, cluster: &Cluster) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>)> {
-        let state = cluster.controller().state_dir();
         let issuer = if self.known_root {
-            let key = std::fs::read_to_string(state.join("root.key")).context("the root's key")?;
-            let root = std::fs::read_to_string(state.join("root.pem")).context("the root")?;
-            Issuer::from_ca_cert_pem(&root, KeyPair::from_pem(&key)?)?
+            cluster.controller().issuer()?
         } else {
             Issuer::new(CertificateParams::default(), KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?)
         };
