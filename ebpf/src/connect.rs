@@ -9,7 +9,10 @@
 //! written back, and the agent hears of the Service and not of the backend that the other program chose for it. If not,
 //! the other's destination stays, since nobody else may know the way to the Service, and is judged for itself.
 
-use crate::maps::{self, OWN};
+use crate::{
+    maps::{self, OWN},
+    probe,
+};
 use aya_ebpf::{
     Global,
     bindings::bpf_sock,
@@ -23,7 +26,7 @@ use weft_ebpf_common::{Address, Counter, MARK_CAPTURED, MARK_MASK, PodEntry, Ver
 const REFUSE: i32 = 0;
 const PASS: i32 = 1;
 
-const IPPROTO_TCP: u32 = 6;
+pub const IPPROTO_TCP: u32 = 6;
 const IPPROTO_MPTCP: u32 = 262;
 const SOL_SOCKET: i32 = 1;
 const SO_MARK: i32 = 36;
@@ -36,26 +39,9 @@ const ECONNREFUSED: i32 = 111;
 #[unsafe(no_mangle)]
 static HAS_SET_RETVAL: Global<u8> = Global::new(0);
 
-/// Reads one word of a context field. Volatile, so that the compiler neither merges nor narrows loads, which the
-/// verifier refuses for context fields.
-macro_rules! load {
-    ($field:expr) => {
-        // SAFETY: a field of a context that the kernel passed to this program.
-        unsafe { core::ptr::read_volatile(&raw const $field) }
-    };
-}
-
-/// Writes one word of a context field. Volatile, so that no two stores are merged.
-macro_rules! store {
-    ($field:expr, $value:expr) => {
-        // SAFETY: a field that programs of this kind may write, of a context that the kernel passed to this program.
-        unsafe { core::ptr::write_volatile(&raw mut $field, $value) }
-    };
-}
-
 #[cgroup_sock_addr(connect4)]
 pub fn connect4(ctx: SockAddrContext) -> i32 {
-    let Some(pod) = enrolled(&ctx) else { return PASS };
+    let Some(pod) = enrolled(&ctx) else { return outside(&ctx) };
     let destination = destination4(&ctx);
     let Some((dialled, port)) = hidden(&ctx, pod, &destination) else {
         return decide(&ctx, pod, destination);
@@ -69,7 +55,7 @@ pub fn connect4(ctx: SockAddrContext) -> i32 {
 /// Also sees v4-mapped destinations of dual-stack sockets, for which connect4 is not called.
 #[cgroup_sock_addr(connect6)]
 pub fn connect6(ctx: SockAddrContext) -> i32 {
-    let Some(pod) = enrolled(&ctx) else { return PASS };
+    let Some(pod) = enrolled(&ctx) else { return outside(&ctx) };
     let destination = destination6(&ctx);
     let Some((dialled, port)) = hidden(&ctx, pod, &destination) else {
         return decide(&ctx, pod, destination);
@@ -119,6 +105,15 @@ pub fn enrolled(ctx: &SockAddrContext) -> Option<&'static PodEntry> {
     // SAFETY: the helper takes the context's socket; the value is not read.
     let own = unsafe { OWN.get_ptr_mut(ctx) };
     own.is_null().then_some(pod)
+}
+
+/// Whatever is not an enrolled pod's passes as it is. It may be the kubelet's.
+#[inline(always)]
+fn outside(ctx: &SockAddrContext) -> i32 {
+    if load!((*ctx.sock_addr).protocol) == IPPROTO_TCP {
+        probe::note(ctx, socket(ctx));
+    }
+    PASS
 }
 
 /// Address and port that the application dialled, where another program has changed them and they are to be captured.

@@ -4,8 +4,11 @@
 #![no_std]
 #![no_main]
 
+#[macro_use]
+mod context;
 mod connect;
 mod maps;
+mod probe;
 mod save;
 mod sk_lookup;
 

@@ -3,16 +3,18 @@
 
 use aya_ebpf::{
     EbpfContext,
-    bindings::BPF_F_NO_PREALLOC,
+    bindings::{BPF_F_NO_PREALLOC, BPF_SK_STORAGE_GET_F_CREATE, bpf_sock},
     btf_maps::SkStorage,
-    helpers::generated::{bpf_map_lookup_elem, bpf_sk_assign, bpf_sk_release},
+    helpers::generated::{
+        bpf_map_lookup_elem, bpf_sk_assign, bpf_sk_release, bpf_sk_storage_delete, bpf_sk_storage_get,
+    },
     macros::{btf_map, map},
-    maps::{HashMap, LpmTrie, PerCpuArray, SockMap},
+    maps::{Array, HashMap, LpmTrie, PerCpuArray, SockMap},
     programs::{SkLookupContext, SockAddrContext},
 };
 use weft_ebpf_common::{
-    Address, CaptureKey, Counter, Dialled, LpmKey, MAX_CAPTURE, MAX_COUNTERS, MAX_PODS, MAX_SOURCES,
-    PodEntry, Verdict,
+    Address, CaptureKey, Counter, Dialled, LpmKey, MAX_CAPTURE, MAX_COUNTERS, MAX_PODS, MAX_PROBES,
+    MAX_SOURCES, PodEntry, ProbeKey, Verdict,
 };
 
 #[map]
@@ -32,6 +34,14 @@ pub static OWN: SkStorage<u32> = SkStorage::new();
 /// What a socket is dialling, from `save.rs` to `connect.rs`. Ends with the socket.
 #[btf_map]
 static DIALLED: SkStorage<Dialled> = SkStorage::new();
+#[map]
+static KUBELET: Array<u64> = Array::with_max_entries(1, 0);
+/// The sockets with which the kubelet called connect(), and what each of them is making of it.
+#[btf_map]
+static PROBING: SkStorage<ProbeKey> = SkStorage::new();
+/// No LRU: an entry that is pushed out would be a probe that fails, and one that stays is ended by its own socket.
+#[map]
+static PROBES: HashMap<ProbeKey, u32> = HashMap::with_max_entries(MAX_PROBES, BPF_F_NO_PREALLOC);
 
 /// The pod whose network namespace has this cookie.
 #[inline(always)]
@@ -97,6 +107,61 @@ pub fn take_dialled(ctx: &SockAddrContext) -> Option<(Address, u32)> {
 pub fn is_refused_source(address: &Address) -> bool {
     // SAFETY: only whether there is an entry counts.
     unsafe { SOURCES.get(address) }.is_some()
+}
+
+/// The id of the kubelet's cgroup, zero for none.
+#[inline(always)]
+pub fn kubelet() -> u64 {
+    KUBELET.get(0).copied().unwrap_or(0)
+}
+
+/// What a socket of the kubelet's is making; `None` for sockets of others. The socket must be one that a context holds,
+/// and not null.
+#[inline(always)]
+pub fn probing(socket: *mut bpf_sock) -> Option<&'static mut ProbeKey> {
+    // SAFETY: as above; nothing is made where there is nothing.
+    unsafe { storage(socket, 0).as_mut() }
+}
+
+/// Begins that. Where the kernel has no memory for it, the connection will not be recognised.
+#[inline(always)]
+pub fn begin_probing(socket: *mut bpf_sock) {
+    // A new value begins as zeroes, which is `ProbeKey::NONE`.
+    storage(socket, BPF_SK_STORAGE_GET_F_CREATE.into());
+}
+
+/// Ends it.
+#[inline(always)]
+pub fn end_probing(socket: *mut bpf_sock) {
+    // SAFETY: a socket of the context; that there is no value is no error.
+    unsafe { bpf_sk_storage_delete((&raw const PROBING).cast_mut().cast(), socket.cast()) };
+}
+
+#[inline(always)]
+fn storage(socket: *mut bpf_sock, flags: u64) -> *mut ProbeKey {
+    // SAFETY: a socket of the context; values of this map are of that type and live as long as the program runs.
+    unsafe {
+        bpf_sk_storage_get((&raw const PROBING).cast_mut().cast(), socket.cast(), core::ptr::null_mut(), flags)
+            .cast()
+    }
+}
+
+/// Whether there was room.
+#[inline(always)]
+pub fn add_probe(key: &ProbeKey) -> bool {
+    PROBES.insert(key, 1, 0).is_ok()
+}
+
+#[inline(always)]
+pub fn remove_probe(key: &ProbeKey) {
+    let _ = PROBES.remove(key);
+}
+
+/// Whether the kubelet is making this connection.
+#[inline(always)]
+pub fn is_probe(key: &ProbeKey) -> bool {
+    // SAFETY: only whether there is an entry counts.
+    unsafe { PROBES.get(key) }.is_some()
 }
 
 /// Whether an agent listens in the slot.

@@ -7,7 +7,7 @@
 use crate::maps;
 use aya_ebpf::{Global, macros::sk_lookup, programs::SkLookupContext};
 use aya_log_ebpf::info;
-use weft_ebpf_common::{Address, Counter, LOOPBACK_IFINDEX, TUNNEL_PORT};
+use weft_ebpf_common::{Address, Counter, LOOPBACK_IFINDEX, ProbeKey, TUNNEL_PORT};
 
 const DROP: u32 = 0;
 const PASS: u32 = 1;
@@ -30,14 +30,6 @@ static POD_V6: Global<[u32; 4]> = Global::new([0; 4]);
 /// The port that the pod's listener is bound to.
 #[unsafe(no_mangle)]
 static LISTENER_PORT: Global<u32> = Global::new(0);
-
-/// Reads one word of a context field; see `connect.rs` for why volatile.
-macro_rules! load {
-    ($field:expr) => {
-        // SAFETY: a field of a context that the kernel passed to this program.
-        unsafe { core::ptr::read_volatile(&raw const $field) }
-    };
-}
 
 #[sk_lookup]
 pub fn lookup(ctx: SkLookupContext) -> u32 {
@@ -89,8 +81,17 @@ fn steer(ctx: &SkLookupContext, local: &Address, remote: &Address, own: &Address
         // Not enrolled yet, or not any more: an enrolment that failed half way must not cut the pod off.
         return PASS;
     };
+    if port == TUNNEL_PORT as u32 {
+        return to_agent(ctx, remote);
+    }
+    let remote_port = u16::from_be(load!((*ctx.lookup).remote_port));
+    if maps::is_probe(&ProbeKey::new(*remote, remote_port, *local, port as u16)) {
+        maps::count(Counter::Probes);
+        info!(ctx, "passed the kubelet's connection from {:i}", remote.octets());
+        return PASS;
+    }
     // Before its own agent has seen it published, a pod still takes plaintext from everyone, through the agent.
-    if port != TUNNEL_PORT as u32 && !pod.on_hold() && maps::is_refused_source(remote) {
+    if !pod.on_hold() && maps::is_refused_source(remote) {
         // A drop is answered with a reset: the caller learns at once.
         maps::count(Counter::RefusedPlaintext);
         info!(ctx, "refused plaintext from {:i}", remote.octets());

@@ -44,6 +44,10 @@ pub struct Settings {
     /// rewrites their addresses in sockets [default: the kubelet's, if there is one]
     #[arg(long, env = "WEFT_PODS_CGROUP", value_name = "DIR")]
     pub pods_cgroup: Option<PathBuf>,
+    /// The kubelet's cgroup2 cgroup, as /proc/PID/cgroup has it on the node: connections of root's processes in it are
+    /// probes, and go straight to applications [default: found by the kubelet's process]
+    #[arg(long, env = "WEFT_KUBELET_CGROUP", value_name = "PATH")]
+    pub kubelet_cgroup: Option<String>,
     /// Unix socket of the admin interface [default: /run/weft/agent.sock]
     #[arg(long, env = "WEFT_ADMIN_SOCKET", value_name = "PATH")]
     pub admin_socket: Option<PathBuf>,
@@ -109,6 +113,11 @@ fn with_port(address: String) -> String {
     }
 }
 
+/// A path that may be left out, also by an empty variable, as the chart's are.
+pub fn given(path: Option<String>) -> Option<PathBuf> {
+    path.filter(|path| !path.is_empty()).map(PathBuf::from)
+}
+
 /// Validated settings.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -119,6 +128,7 @@ pub struct Config {
     pub instance: String,
     pub bpffs: PathBuf,
     pub pods_cgroup: Option<PathBuf>,
+    pub kubelet_cgroup: Option<PathBuf>,
     pub admin_socket: PathBuf,
     pub metrics_listen: SocketAddr,
     pub ready_listen: SocketAddr,
@@ -168,6 +178,7 @@ impl Settings {
             instance: self.instance.or(file.instance).unwrap_or_else(|| "weft".into()),
             bpffs: self.bpffs.or(file.bpffs).unwrap_or_else(|| "/sys/fs/bpf".into()),
             pods_cgroup: self.pods_cgroup.or(file.pods_cgroup),
+            kubelet_cgroup: given(self.kubelet_cgroup.or(file.kubelet_cgroup)),
             admin_socket: self.admin_socket.or(file.admin_socket).unwrap_or_else(|| ADMIN_SOCKET.into()),
             metrics_listen: self
                 .metrics_listen

@@ -25,7 +25,7 @@ use tokio::{
     sync::watch,
 };
 use tracing::{info, warn};
-use weft_api::agent::{AgentStatus, CertificateStatus, PluginStatus};
+use weft_api::agent::{AgentStatus, CertificateStatus, KubeletStatus, PluginStatus};
 
 use crate::{enroll::Enrollment, identities::Identities, logging, metrics::Metrics, state::Snapshot};
 
@@ -41,6 +41,7 @@ pub struct Views {
     pub identities: Identities,
     pub connected: watch::Receiver<bool>,
     pub plugin: watch::Receiver<PluginStatus>,
+    pub kubelet: watch::Receiver<KubeletStatus>,
     pub node: String,
     pub drain: watch::Sender<bool>,
     pub retire: watch::Sender<bool>,
@@ -120,6 +121,7 @@ impl Views {
             connected: *self.connected.borrow(),
             waiting: self.waiting().map(str::to_owned),
             plugin: self.plugin.borrow().clone(),
+            kubelet: self.kubelet.borrow().clone(),
             certificates: certificates.collect(),
             pods: self.enrollment.borrow().pods.clone(),
         }
@@ -199,6 +201,7 @@ impl Views {
             "synced": snapshot.synced,
             "captured": snapshot.settings.as_ref().map(|s| s.captured.iter().map(|n| n.to_string()).collect::<Vec<_>>()),
             "trust_domain": snapshot.settings.as_ref().map(|s| s.trust_domain.to_string()),
+            "kubelet": status.kubelet,
             "pods": status.pods,
             "certificates": status.certificates,
             "workloads": workloads.collect::<Vec<_>>(),

@@ -15,6 +15,7 @@ mod enroll;
 mod http;
 mod identities;
 mod inbound;
+mod kubelet;
 mod logging;
 mod metrics;
 mod outbound;
@@ -35,7 +36,7 @@ use tokio::{
     sync::{mpsc, watch},
 };
 use tracing::{debug, info, warn};
-use weft_api::agent::PluginStatus;
+use weft_api::agent::{KubeletStatus, PluginStatus};
 use weft_kernel::{Kernel, Options, preflight};
 use weft_proto::node::EnrollmentReport;
 use weft_transport::Limits;
@@ -101,11 +102,19 @@ struct KernelFlags {
     /// Where bpffs is mounted
     #[arg(long, env = "WEFT_BPFFS", default_value = "/sys/fs/bpf", value_name = "DIR")]
     bpffs: std::path::PathBuf,
+    /// The kubelet's cgroup2 cgroup [default: found by the kubelet's process]
+    #[arg(long, env = "WEFT_KUBELET_CGROUP", value_name = "PATH")]
+    kubelet_cgroup: Option<String>,
 }
 
 impl KernelFlags {
     fn options(self) -> Options {
-        Options { instance: self.instance, bpffs: self.bpffs, ..Options::default() }
+        Options {
+            instance: self.instance,
+            bpffs: self.bpffs,
+            kubelet_cgroup: config::given(self.kubelet_cgroup),
+            ..Options::default()
+        }
     }
 }
 
@@ -142,6 +151,7 @@ fn run(settings: Settings) -> anyhow::Result<()> {
         instance: config.instance.clone(),
         bpffs: config.bpffs.clone(),
         pods_cgroup: config.pods_cgroup.clone(),
+        kubelet_cgroup: config.kubelet_cgroup.clone(),
         debug_log: config.ebpf_log,
         ..Options::default()
     };
@@ -202,6 +212,8 @@ async fn serve(config: Arc<Config>, kernel: Arc<Kernel>, options: Options) -> an
         plugin_tx.send_replace(PluginStatus::Unknown);
         tokio::spawn(cni::keep_installed(install.clone(), plugin_tx, retiring.clone()));
     }
+    let (kubelet_tx, kubelet) = watch::channel(KubeletStatus::default());
+    tokio::spawn(kubelet::keep_recognised(kernel.clone(), options.clone(), kubelet_tx, draining.clone()));
     let enroller = Enroller {
         kernel,
         workers,
@@ -231,6 +243,7 @@ async fn serve(config: Arc<Config>, kernel: Arc<Kernel>, options: Options) -> an
         identities,
         connected,
         plugin,
+        kubelet,
         node: config.node.clone(),
         drain: drain.clone(),
         retire,

@@ -196,6 +196,21 @@ impl Collector for Sampled {
                 None,
                 captured.metric_type(),
             )?)?;
+            for (name, help, n) in [
+                (
+                    "kernel_probes",
+                    "Kubelet's connections that the kernel passed to applications",
+                    counters.probes,
+                ),
+                (
+                    "kernel_probes_unrecorded",
+                    "Kubelet's connections that the kernel could not remember, and handed to the agent",
+                    counters.probes_unrecorded,
+                ),
+            ] {
+                let count = counter(n);
+                count.encode(encoder.encode_descriptor(name, help, None, count.metric_type())?)?;
+            }
             let mut family = encoder.encode_descriptor(
                 "kernel_refused",
                 "Connections the kernel refused, by reason",

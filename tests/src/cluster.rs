@@ -27,6 +27,7 @@ pub struct Builder {
     name: String,
     nodes: Vec<String>,
     agent_flags: Vec<String>,
+    control_flags: Vec<String>,
 }
 
 impl Builder {
@@ -44,6 +45,12 @@ impl Builder {
     /// Adds a flag for every agent.
     pub fn agent_flag(mut self, flag: &str) -> Builder {
         self.agent_flags.push(flag.to_owned());
+        self
+    }
+
+    /// Adds a flag for the controller.
+    pub fn control_flag(mut self, flag: &str) -> Builder {
+        self.control_flags.push(flag.to_owned());
         self
     }
 
@@ -76,7 +83,10 @@ impl Builder {
         let directory = Directory::create(bed.subdir("manifests")?, bed.subdir("manifests.new")?)?;
         // A directory without any manifest may be one that lost them: there is always this Namespace.
         directory.namespace("default", &Labels::new())?;
-        let controller = Controller::new(topology.control.clone(), Source::Directory(directory.clone()));
+        let controller = Controller::new(
+            topology.control.clone(),
+            Source::Directory(directory.clone(), self.control_flags),
+        );
         let mut agents = BTreeMap::new();
         for node in topology.nodes() {
             let relay = Relay::start(node.netns(), controller.address())?;
@@ -127,7 +137,12 @@ impl Cluster {
     /// Begins the description of a cluster. The name must be new in this bed.
     #[expect(clippy::new_ret_no_self, reason = "reads as what it is: Cluster::new(name).node(..).start()")]
     pub fn new(name: &str) -> Builder {
-        Builder { name: name.to_owned(), nodes: Vec::new(), agent_flags: Vec::new() }
+        Builder {
+            name: name.to_owned(),
+            nodes: Vec::new(),
+            agent_flags: Vec::new(),
+            control_flags: Vec::new(),
+        }
     }
 
     /// The run directory and its logs.

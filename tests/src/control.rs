@@ -30,8 +30,8 @@ pub struct Controller {
 /// What configures it.
 #[derive(Debug)]
 pub(crate) enum Source {
-    /// Manifests; keys and state are in `state_dir` then.
-    Directory(Directory),
+    /// Manifests, and more flags; keys and state are in `state_dir` then.
+    Directory(Directory, Vec<String>),
     /// An API server, as the environment says.
     Cluster(Vec<(String, String)>),
 }
@@ -51,7 +51,7 @@ impl Controller {
     pub fn start_unready(&self) -> Result<()> {
         let mut command = self.place.command(&binary("weft-control")?, [""; 0]);
         match &self.source {
-            Source::Directory(directory) => command.args([
+            Source::Directory(directory, flags) => command.args(flags).args([
                 "--directory",
                 &directory.path().to_string_lossy(),
                 "--state-dir",

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use serde_json::Value;
-use weft_api::agent::PluginStatus;
+use weft_api::agent::{KubeletStatus, PluginStatus};
 
 use super::{
     control::{events, trouble},
@@ -58,6 +58,16 @@ pub fn checks(view: &View, installed: &Installed) -> Vec<Check> {
             }),
             "new pods of the mesh start before they are protected. The agent puts the plugin there as soon as it can:\n\
              is the node's network configuration in /etc/cni/net.d, or is it elsewhere (--set cni.confDir, cni.binDir)?",
+        ),
+        Check::of(
+            Outcome::Warning,
+            "the kubelets' probes are recognised",
+            each(&|answer| match &answer.status.kubelet {
+                KubeletStatus::Unrecognised { why } => Some(why.clone()),
+                KubeletStatus::Recognised { .. } | KubeletStatus::Unknown => None,
+            }),
+            "probes of pods in the mesh are judged by policy like everybody's connections, and fail where it denies\n\
+             plaintext. `weft-agent preflight` on the node looks for its kubelet; --set agent.kubeletCgroup names its cgroup",
         ),
         Check::of(
             Outcome::Error,

@@ -186,4 +186,6 @@ fn contains(networks: &[IpNet], ip: IpAddr) -> bool {
 }
 
 #[cfg(test)]
+mod policy_rows;
+#[cfg(test)]
 pub(crate) mod tests;

@@ -164,17 +164,17 @@ pub(super) fn built_in(trust_domain: &TrustDomain) -> BTreeMap<String, Authoriza
 /// The policy of that name.
 pub(super) fn policy(store: &Store, settings: &MeshSettings, name: &Name) -> Option<Policy> {
     let policy = store.policies.get(name)?;
-    let understood = policy.spec.as_ref().map_err(|unintelligible| {
-        (unintelligible.target.clone(), format!("{}; it denies everything", unintelligible.why))
-    });
-    let enforceable = understood.and_then(|spec| match missing_services(store, name, spec) {
-        Some(why) => {
+    let enforceable = match (missing_services(store, name, policy.target()), &policy.spec) {
+        (Some(why), _) => {
             Err((Target::Namespace, format!("{why}; until then it denies everything in its namespace")))
         }
-        None => content(settings, name, spec)
+        (None, Err(unintelligible)) => {
+            Err((unintelligible.target.clone(), format!("{}; it denies everything", unintelligible.why)))
+        }
+        (None, Ok(spec)) => content(settings, name, spec)
             .map(|content| (spec, content))
             .map_err(|why| (spec.target.clone(), why)),
-    });
+    };
     Some(match enforceable {
         Ok((spec, (action, dry_run, rules))) => Policy {
             target: spec.target.clone(),
@@ -235,8 +235,8 @@ fn content(settings: &MeshSettings, (namespace, _): &Name, spec: &PolicySpec) ->
 }
 
 /// The Services that it targets and that are not there.
-pub fn missing_services(store: &Store, (namespace, _): &Name, spec: &PolicySpec) -> Option<String> {
-    let Target::Services(services) = &spec.target else { return None };
+pub fn missing_services(store: &Store, (namespace, _): &Name, target: &Target) -> Option<String> {
+    let Target::Services(services) = target else { return None };
     let is_missing = |name: &&String| !store.services.contains_key(&(namespace.clone(), (*name).clone()));
     let missing: Vec<&str> = services.iter().filter(is_missing).map(String::as_str).collect();
     (!missing.is_empty())

@@ -16,6 +16,7 @@ pub struct AgentStatus {
     /// Why it is not ready; `None` where it is.
     pub waiting: Option<String>,
     pub plugin: PluginStatus,
+    pub kubelet: KubeletStatus,
     pub certificates: Vec<CertificateStatus>,
     /// The pods of this node that are in the mesh, or should be.
     pub pods: Vec<PodStatus>,
@@ -33,6 +34,22 @@ pub enum PluginStatus {
     InPlace,
     Failed {
         error: String,
+    },
+}
+
+/// Whether the kernel recognises the kubelet's probes.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "kebab-case")]
+pub enum KubeletStatus {
+    /// The agent has not looked yet, or is of a version that does not say.
+    #[default]
+    Unknown,
+    Recognised {
+        /// As the node's `/proc/PID/cgroup` has it.
+        cgroup: String,
+    },
+    Unrecognised {
+        why: String,
     },
 }
 

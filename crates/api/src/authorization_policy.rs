@@ -219,7 +219,10 @@ fn principal(text: &str) -> Result<Principal, &'static str> {
     match (text, text.strip_prefix('*'), text.strip_suffix('*'), text.strip_prefix(SCHEME)) {
         ("*", ..) => Ok(Principal::Any),
         (_, Some(suffix), ..) if plain(suffix) && !suffix.contains("//") => {
-            Ok(Principal::Suffix(suffix.to_owned()))
+            // The scheme, of which this has the end, is not there where it is looked for.
+            let whole = suffix.strip_prefix('/').filter(|rest| is_identity(rest));
+            let suffix = || Principal::Suffix(suffix.to_owned());
+            Ok(whole.map_or_else(suffix, |whole| Principal::Exact(whole.to_owned())))
         }
         (_, None, Some(prefix), _) if plain(prefix) => match prefix.strip_prefix(SCHEME) {
             Some("") => Ok(Principal::Any),

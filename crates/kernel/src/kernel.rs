@@ -1,7 +1,7 @@
 //! One instance of the kernel's part: opening it, the capture set, and enrolling pods.
 
 use crate::{
-    Error, Netns, Options, Pod, PodAddresses, Target, Verdict, debug_log, link,
+    Error, Kubelet, Netns, Options, Pod, PodAddresses, Target, Verdict, debug_log, link,
     maps::Maps,
     object::{self, Object},
     pins::{self, Pins, PodPin},
@@ -62,6 +62,10 @@ pub struct Counters {
     pub refused_plaintext: u64,
     /// Outbound connections refused because the pod has no address of that family.
     pub refused_no_address: u64,
+    /// The kubelet's connections that went straight to the application.
+    pub probes: u64,
+    /// The kubelet's connections that could not be remembered, and went to the agent.
+    pub probes_unrecorded: u64,
 }
 
 impl Counters {
@@ -91,15 +95,17 @@ impl Kernel {
         let mut ebpf = object.load(&pins)?;
         // New maps came from the object's own declarations, which must say what the table says.
         pins.check_maps()?;
-        for (name, attach_type) in [("connect4", AttachType::Connect4), ("connect6", AttachType::Connect6)] {
-            let program = object::load_connect(&mut ebpf, name)?;
-            link::attach_or_update(
-                &pins.connect(name),
-                program.as_fd(),
-                cgroup.as_fd(),
-                attach_type,
-                |info| info.cgroup_id() == cgroup_id,
-            )?;
+        let hooks = [
+            // Before those that note whom they are to hear of.
+            ("release", AttachType::SockRelease, object::load_sock_release(&mut ebpf, "release")?),
+            ("probe", AttachType::SockOps, object::load_sock_ops(&mut ebpf, "probe")?),
+            ("connect4", AttachType::Connect4, object::load_connect(&mut ebpf, "connect4")?),
+            ("connect6", AttachType::Connect6, object::load_connect(&mut ebpf, "connect6")?),
+        ];
+        for (name, attach_type, program) in hooks {
+            link::attach_or_update(&pins.hook(name), program.as_fd(), cgroup.as_fd(), attach_type, |info| {
+                info.cgroup_id() == cgroup_id
+            })?;
         }
         // After those, so that nothing is ever saved that they do not take.
         let save = Save::load(&mut ebpf, cgroup_root, options.pods_cgroup)?;
@@ -163,6 +169,12 @@ impl Kernel {
         Ok(records)
     }
 
+    /// Connections of root's processes in that cgroup go straight to the applications of enrolled pods from now on; without
+    /// one nobody's do. What a predecessor said holds until this is called.
+    pub fn recognise_kubelet(&self, kubelet: Option<&Kubelet>) -> Result<(), Error> {
+        self.shared.maps.set_kubelet(kubelet.map_or(0, Kubelet::cgroup_id))
+    }
+
     /// Brings a pod under capture, on hold: what comes and goes is the agent's from here on. A pod that a predecessor
     /// enrolled keeps its slot and, if the addresses are the same, whether it is published. If this fails, a new pod
     /// is left as it was and a predecessor's stays captured. Blocks for some tens of milliseconds.
@@ -213,6 +225,8 @@ impl Kernel {
             refused_bound_device: count(Counter::RefusedBoundDevice)?,
             refused_plaintext: count(Counter::RefusedPlaintext)?,
             refused_no_address: count(Counter::RefusedNoAddress)?,
+            probes: count(Counter::Probes)?,
+            probes_unrecorded: count(Counter::ProbesUnrecorded)?,
         })
     }
 

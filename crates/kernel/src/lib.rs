@@ -13,6 +13,7 @@
 mod debug_log;
 mod error;
 mod kernel;
+pub mod kubelet;
 mod link;
 pub mod locate;
 mod maps;
@@ -31,6 +32,7 @@ mod target;
 
 pub use error::Error;
 pub use kernel::{Counters, Kernel, PodRecord};
+pub use kubelet::Kubelet;
 pub use netns::Netns;
 pub use options::Options;
 pub use pod::{Pod, PodAddresses};

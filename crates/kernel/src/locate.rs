@@ -36,7 +36,7 @@ pub fn inhabited() -> HashSet<u64> {
     processes().filter_map(|process| fs::metadata(process.join("ns/net")).ok()).map(|ns| ns.ino()).collect()
 }
 
-fn processes() -> impl Iterator<Item = PathBuf> {
+pub(crate) fn processes() -> impl Iterator<Item = PathBuf> {
     let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
     entries
         .filter(|entry| entry.file_name().as_encoded_bytes().iter().all(u8::is_ascii_digit))
@@ -46,7 +46,7 @@ fn processes() -> impl Iterator<Item = PathBuf> {
 /// The UID of the pod that a process belongs to, by its `/proc/PID/cgroup`; see cgroups(7). The kubelet names a pod's
 /// cgroup `podUID` with its cgroupfs driver and `kubepods-...-podUID.slice`, the UID's dashes as underscores, with
 /// systemd's. Containers of the host have no such parent.
-fn pod_uid(cgroups: &str) -> Option<String> {
+pub(crate) fn pod_uid(cgroups: &str) -> Option<String> {
     cgroups.lines().find_map(|line| {
         let path = line.splitn(3, ':').nth(2)?;
         path.split('/').find_map(|part| uid_in(part.strip_suffix(".slice").unwrap_or(part)))

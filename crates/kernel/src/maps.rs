@@ -4,7 +4,7 @@
 use crate::{Error, Target, Verdict};
 use aya::{
     Ebpf,
-    maps::{HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, SockMap, lpm_trie},
+    maps::{Array, HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, SockMap, lpm_trie},
 };
 use std::{
     net::{IpAddr, TcpListener},
@@ -22,6 +22,7 @@ pub struct Maps {
     slots: Mutex<SockMap<MapData>>,
     capture: Mutex<LpmTrie<MapData, CaptureKey, u32>>,
     sources: Mutex<HashMap<MapData, Address, u32>>,
+    kubelet: Mutex<Array<MapData, u64>>,
     counters: PerCpuArray<MapData, u64>,
     own: MapData,
 }
@@ -34,6 +35,7 @@ impl Maps {
             slots: Mutex::new(take(ebpf, "SLOTS")?),
             capture: Mutex::new(take(ebpf, "CAPTURE")?),
             sources: Mutex::new(take(ebpf, "SOURCES")?),
+            kubelet: Mutex::new(take(ebpf, "KUBELET")?),
             counters: take(ebpf, "COUNTERS")?,
             own,
         })
@@ -119,6 +121,11 @@ impl Maps {
 
     pub fn refused_sources(&self) -> Result<Vec<IpAddr>, Error> {
         lock(&self.sources).keys().map(|key| Ok(key.map_err(Error::map("SOURCES"))?.into())).collect()
+    }
+
+    /// Zero for none.
+    pub fn set_kubelet(&self, cgroup_id: u64) -> Result<(), Error> {
+        lock(&self.kubelet).set(0, cgroup_id, 0).map_err(Error::map("KUBELET"))
     }
 
     pub fn count(&self, counter: Counter) -> Result<u64, Error> {

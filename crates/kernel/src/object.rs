@@ -6,7 +6,7 @@ use crate::{
 };
 use aya::{
     Ebpf, EbpfLoader,
-    programs::{CgroupSockAddr, ProgramFd, ProgramType, SkLookup},
+    programs::{CgroupSock, CgroupSockAddr, ProgramError, ProgramFd, ProgramType, SkLookup, SockOps},
     sys::{BpfHelper, is_helper_supported},
 };
 use std::borrow::Cow;
@@ -68,8 +68,7 @@ impl Object {
         let mut ebpf = self.load_with(pins, &globals)?;
         let program: &mut SkLookup = program(&mut ebpf, "lookup")?;
         program.load().map_err(Error::program("lookup"))?;
-        let fd = program.fd().map_err(Error::program("lookup"))?;
-        fd.try_clone().map_err(Error::io("the program lookup could not be kept"))
+        keep("lookup", program.fd())
     }
 
     fn load_with(&self, pins: &Pins, globals: &[(&'static str, &[u8])]) -> Result<Ebpf, Error> {
@@ -100,7 +99,25 @@ impl Object {
 pub fn load_connect(ebpf: &mut Ebpf, name: &'static str) -> Result<ProgramFd, Error> {
     let program: &mut CgroupSockAddr = program(ebpf, name)?;
     program.load().map_err(Error::program(name))?;
-    let fd = program.fd().map_err(Error::program(name))?;
+    keep(name, program.fd())
+}
+
+/// The program that records the kubelet's connections.
+pub fn load_sock_ops(ebpf: &mut Ebpf, name: &'static str) -> Result<ProgramFd, Error> {
+    let program: &mut SockOps = program(ebpf, name)?;
+    program.load().map_err(Error::program(name))?;
+    keep(name, program.fd())
+}
+
+/// The program that sees sockets closed.
+pub fn load_sock_release(ebpf: &mut Ebpf, name: &'static str) -> Result<ProgramFd, Error> {
+    let program: &mut CgroupSock = program(ebpf, name)?;
+    program.load().map_err(Error::program(name))?;
+    keep(name, program.fd())
+}
+
+fn keep(name: &'static str, fd: Result<&ProgramFd, ProgramError>) -> Result<ProgramFd, Error> {
+    let fd = fd.map_err(Error::program(name))?;
     fd.try_clone().map_err(Error::io(format!("the program {name} could not be kept")))
 }
 

@@ -14,6 +14,8 @@ pub struct Options {
     pub cgroup_root: Option<PathBuf>,
     /// The cgroup below which all pods' processes are; a kubelet's is found if not given. It may come later than this.
     pub pods_cgroup: Option<PathBuf>,
+    /// The kubelet's cgroup, as `/proc/PID/cgroup` writes it on the node; found by the kubelet's process if not given.
+    pub kubelet_cgroup: Option<PathBuf>,
     /// An object file instead of the embedded one, for developing the programs.
     pub object: Option<PathBuf>,
     /// One line for each connection captured or refused, as `tracing` events of the target `weft_ebpf`.
@@ -27,6 +29,7 @@ impl Default for Options {
             bpffs: "/sys/fs/bpf".into(),
             cgroup_root: None,
             pods_cgroup: None,
+            kubelet_cgroup: None,
             object: None,
             debug_log: false,
         }

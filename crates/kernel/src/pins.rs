@@ -73,7 +73,8 @@ impl Pins {
         self.dir.join(name)
     }
 
-    pub fn connect(&self, program: &str) -> PathBuf {
+    /// The link of a program that is attached once a node.
+    pub fn hook(&self, program: &str) -> PathBuf {
         self.dir.join(program)
     }
 
@@ -94,7 +95,7 @@ pub fn remove_all(options: &Options) -> Result<(), Error> {
     let instance = options.instance_dir()?;
     for version in entries(&instance)? {
         let dir = instance.join(version);
-        for name in ["save4", "save6", "connect4", "connect6"] {
+        for name in ["save4", "save6", "connect4", "connect6", "probe", "release"] {
             link::remove(&dir.join(name))?;
         }
         let pods = dir.join("pods");

@@ -1,6 +1,6 @@
 //! What this kernel must have, tried where it can be tried: version numbers lie on distributions that backport.
 
-use crate::{Options, save, sys};
+use crate::{Options, kubelet, save, sys};
 use aya::{
     maps::MapType,
     programs::ProgramType,
@@ -23,7 +23,7 @@ pub struct Check {
 pub enum State {
     Ok,
     /// Weft works without it, less well.
-    Absent,
+    Absent(String),
     Missing(String),
 }
 
@@ -78,7 +78,13 @@ fn files(options: &Options) -> Vec<Check> {
             "a cgroup of all pods",
             "Services beside others' hooks",
             "a kubelet",
-            pods.map_or(State::Absent, |_| State::Ok),
+            pods.map_or_else(|| State::Absent("no kubelet's pods have run".into()), |_| State::Ok),
+        ),
+        check(
+            "the kubelet's own cgroup",
+            "recognising its probes",
+            "a kubelet",
+            kubelet::find(options, None).map_or_else(|why| State::Absent(why.to_string()), |_| State::Ok),
         ),
         check("bpffs", "pins that outlive the agent", "mounted", bpffs_state),
         check("tcp_fwmark_accept", "answers to the application", "3.16", sysctl("ipv4/tcp_fwmark_accept")),
@@ -92,11 +98,12 @@ fn programs() -> Vec<Check> {
     let connect = |helper| probed(is_helper_supported(ProgramType::CgroupSockAddr, helper));
     let set_retval = match connect(BpfHelper::BPF_FUNC_set_retval) {
         State::Ok => State::Ok,
-        // Refused connections say EPERM then.
-        _ => State::Absent,
+        _ => State::Absent("refused connections say EPERM".into()),
     };
     vec![
         check("cgroup/connect programs", "capture", "4.17", program(ProgramType::CgroupSockAddr)),
+        check("sockops programs", "recognising probes", "4.13", program(ProgramType::SockOps)),
+        check("cgroup/sock_release programs", "recognising probes", "5.9", program(ProgramType::CgroupSock)),
         check("sk_lookup programs", "delivery to the agent", "5.9", program(ProgramType::SkLookup)),
         check("ingress_ifindex in sk_lookup", "telling directions apart", "5.17", ingress_ifindex()),
         check("SOCKMAP", "the agent's listeners", "4.14", map(MapType::SockMap)),
@@ -114,6 +121,12 @@ fn programs() -> Vec<Check> {
             "letting the agent pass",
             "5.11",
             connect(BpfHelper::BPF_FUNC_sk_storage_get),
+        ),
+        check(
+            "bpf_get_current_cgroup_id in connect",
+            "recognising probes",
+            "5.7",
+            connect(BpfHelper::BPF_FUNC_get_current_cgroup_id),
         ),
         check("bpf_set_retval", "saying why (EPERM without)", "5.18", set_retval),
     ]
@@ -147,14 +160,14 @@ fn ingress_ifindex() -> State {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{:<32} {:<32} {:<9} STATE", "FEATURE", "NEEDED FOR", "KERNEL")?;
+        writeln!(f, "{:<36} {:<32} {:<9} STATE", "FEATURE", "NEEDED FOR", "KERNEL")?;
         for Check { feature, needed_by, since, state } in &self.checks {
             let state = match state {
                 State::Ok => "ok",
-                State::Absent => "absent (optional)",
+                State::Absent(why) => &format!("absent (optional): {why}"),
                 State::Missing(why) => &format!("MISSING: {why}"),
             };
-            writeln!(f, "{feature:<32} {needed_by:<32} {since:<9} {state}")?;
+            writeln!(f, "{feature:<36} {needed_by:<32} {since:<9} {state}")?;
         }
         Ok(())
     }
@@ -167,7 +180,10 @@ mod tests {
     #[test]
     fn one_missing_feature_is_named_and_fails_the_report() {
         let mut report = Report {
-            checks: vec![check("a", "b", "5.9", State::Ok), check("c", "d", "5.18", State::Absent)],
+            checks: vec![
+                check("a", "b", "5.9", State::Ok),
+                check("c", "d", "5.18", State::Absent("as before".into())),
+            ],
         };
         assert!(report.ok());
         report.checks.push(check(

@@ -68,7 +68,7 @@ impl Save {
                 }
                 self.programs.iter().try_for_each(|(name, attach_type, program)| {
                     link::attach_or_update(
-                        &pins.connect(name),
+                        &pins.hook(name),
                         program.as_fd(),
                         cgroup.as_fd(),
                         *attach_type,

@@ -27,8 +27,10 @@ const LINK_DETACH: c_long = 34;
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AttachType {
+    SockOps = 3,
     Connect4 = 10,
     Connect6 = 11,
+    SockRelease = 34,
     SkLookup = 36,
 }
 

@@ -11,30 +11,28 @@ use std::{
     path::{Path, PathBuf},
     time::Duration,
 };
-use testbed::{PEER, VIP, World, accept, at, ends, output};
+use testbed::{Cgroup, PEER, VIP, World, accept, at, ends, output};
 use weft_kernel::{Kernel, LAYOUT_VERSION};
 
 /// A cgroup of this test's, with this process in it until the value is dropped: a socket belongs to the cgroup of the
 /// process that makes it.
-struct Cgroup {
-    path: PathBuf,
+struct Entered {
     before: PathBuf,
+    cgroup: Cgroup,
 }
 
-impl Cgroup {
-    fn enter() -> Cgroup {
-        let root = PathBuf::from(output("findmnt -n -o TARGET -t cgroup2 | head -1").trim());
+impl Entered {
+    fn new() -> Entered {
+        let cgroup = Cgroup::new();
         let own = output("sed -n 's/^0:://p' /proc/self/cgroup");
-        let before = root.join(own.trim().trim_start_matches('/'));
-        let path = before.join(format!("weft-test-{}", std::process::id()));
-        std::fs::create_dir(&path).unwrap();
-        move_to(&path);
-        Cgroup { path, before }
+        let before = cgroup.root().join(own.trim().trim_start_matches('/'));
+        move_to(cgroup.path());
+        Entered { before, cgroup }
     }
 
     /// How many programs are attached to it.
     fn programs(&self) -> usize {
-        output(&format!("bpftool cgroup show {}", self.path.display())).matches("save").count()
+        output(&format!("bpftool cgroup show {}", self.cgroup.path().display())).matches("save").count()
     }
 
     fn wait_for_programs(&self, count: usize) {
@@ -48,10 +46,9 @@ impl Cgroup {
     }
 }
 
-impl Drop for Cgroup {
+impl Drop for Entered {
     fn drop(&mut self) {
         move_to(&self.before);
-        let _ = std::fs::remove_dir(&self.path);
     }
 }
 
@@ -76,8 +73,8 @@ fn dissolve(socket: &Socket) {
 #[test]
 fn what_was_dialled_counts_for_one_call() {
     let Some(mut world) = World::new() else { return };
-    let cgroup = Cgroup::enter();
-    world.options.pods_cgroup = Some(cgroup.path.clone());
+    let cgroup = Entered::new();
+    world.options.pods_cgroup = Some(cgroup.cgroup.path().to_owned());
     let (_kernel, _pod, listener) = world.published();
     assert_eq!(cgroup.programs(), 2, "one for each family");
 

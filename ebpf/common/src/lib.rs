@@ -11,12 +11,14 @@ mod capture;
 mod dialled;
 mod maps;
 mod pod;
+mod probe;
 
 pub use address::Address;
 pub use capture::{CaptureKey, CaptureTarget, LpmKey, Verdict};
 pub use dialled::Dialled;
 pub use maps::{MAPS, MapShape, MapType, PINNED};
 pub use pod::PodEntry;
+pub use probe::ProbeKey;
 
 /// Names the directory under which everything is pinned. An agent refuses pins of another version, because its
 /// programs would read those maps wrongly.
@@ -40,6 +42,9 @@ pub const MAX_PODS: u32 = 4096;
 pub const MAX_CAPTURE: u32 = 1 << 18;
 /// Most addresses whose plaintext is refused: the enrolled pods of the whole mesh.
 pub const MAX_SOURCES: u32 = 1 << 18;
+/// Most connections that the kubelet can be making at a time and have recognised. One is that from its connect() until it
+/// is established or given up, so this is far beyond what a node's probes need.
+pub const MAX_PROBES: u32 = 4096;
 /// Room in the counters map; more than [`Counter`] has, so that a new one is no new layout.
 pub const MAX_COUNTERS: u32 = 32;
 
@@ -57,4 +62,8 @@ pub enum Counter {
     RefusedPlaintext = 3,
     /// Outbound connections refused because the pod has no address of that family, so nothing could capture them.
     RefusedNoAddress = 4,
+    /// The kubelet's connections that went straight to the application.
+    Probes = 5,
+    /// The kubelet's connections that could not be remembered, and so went to the agent like any other.
+    ProbesUnrecorded = 6,
 }

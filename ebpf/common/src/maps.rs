@@ -1,12 +1,13 @@
 //! The shape of every pinned map, checked before a predecessor's map is used.
 
-use crate::{Address, Dialled, LpmKey, MAX_CAPTURE, MAX_COUNTERS, MAX_PODS, MAX_SOURCES, PodEntry};
+use crate::{Address, Dialled, LpmKey, MAX_CAPTURE, MAX_COUNTERS, MAX_PODS, MAX_PROBES, MAX_SOURCES, PodEntry, ProbeKey};
 
 /// `enum bpf_map_type` of the kernel, as far as we use it.
 #[repr(u32)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MapType {
     Hash = 1,
+    Array = 2,
     PerCpuArray = 6,
     LpmTrie = 11,
     SockMap = 15,
@@ -35,7 +36,7 @@ const fn shape(
 
 /// Every map that is pinned, in the order in which they are checked. The declarations in `ebpf/src/maps.rs` must
 /// say the same: `Kernel::open` compares both with what the kernel has.
-pub const MAPS: [MapShape; 7] = [
+pub const MAPS: [MapShape; 10] = [
     // cookie of the network namespace -> pod
     shape("PODS", MapType::Hash, size_of::<u64>(), size_of::<PodEntry>(), MAX_PODS),
     // slot -> the agent's listener in that pod
@@ -48,6 +49,12 @@ pub const MAPS: [MapShape; 7] = [
     shape("OWN", MapType::SkStorage, size_of::<u32>(), size_of::<u32>(), 0),
     // what is being dialled by a socket
     shape("DIALLED", MapType::SkStorage, size_of::<u32>(), size_of::<Dialled>(), 0),
+    // the id of the kubelet's cgroup, zero for none
+    shape("KUBELET", MapType::Array, size_of::<u32>(), size_of::<u64>(), 1),
+    // the connection that a socket of the kubelet's is making
+    shape("PROBING", MapType::SkStorage, size_of::<u32>(), size_of::<ProbeKey>(), 0),
+    // connection that the kubelet is making -> 1
+    shape("PROBES", MapType::Hash, size_of::<ProbeKey>(), size_of::<u32>(), MAX_PROBES),
     // Counter -> u64 a CPU
     shape("COUNTERS", MapType::PerCpuArray, size_of::<u32>(), size_of::<u64>(), MAX_COUNTERS),
 ];

@@ -48,6 +48,11 @@ impl NodeCgroups {
         Ok(NodeCgroups(directories))
     }
 
+    /// Where they are.
+    pub fn directories(&self) -> impl Iterator<Item = &Path> {
+        self.0.iter().map(PathBuf::as_path)
+    }
+
     /// Those that pods' are made below, with the first of them.
     pub fn pods(&self) -> impl Iterator<Item = PathBuf> {
         self.0.iter().map(|directory| directory.join("kubepods"))

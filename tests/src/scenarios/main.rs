@@ -19,6 +19,8 @@ mod outside;
 mod pods;
 mod policies;
 mod policies_held;
+mod policies_table;
+mod probes;
 mod races;
 mod rogue;
 mod runner;
@@ -65,9 +67,11 @@ fn all() -> Vec<Scenario> {
         identity::SCENARIOS,
         policies::SCENARIOS,
         policies_held::SCENARIOS,
+        policies_table::SCENARIOS,
         outside::SCENARIOS,
         frontends::SCENARIOS,
         socket_lb::SCENARIOS,
+        probes::SCENARIOS,
         operations::SCENARIOS,
         chart::SCENARIOS,
         apiserver::SCENARIOS,

@@ -49,7 +49,7 @@ fn policy_file(name: &str) -> String {
 }
 
 /// Says by annotation who may call the pods of `shop`, which stays in the mesh.
-fn default_inbound(cluster: &Cluster, who: &str) -> Result<()> {
+pub fn default_inbound(cluster: &Cluster, who: &str) -> Result<()> {
     let metadata = format!(
         "{{name: shop, labels: {{weft.dev/mesh: enabled}}, annotations: {{policy.weft.dev/default-inbound: {who}}}}}"
     );
@@ -58,7 +58,7 @@ fn default_inbound(cluster: &Cluster, who: &str) -> Result<()> {
 }
 
 /// Waits until a call from `place` succeeds, or no longer does.
-fn until_let_in(place: &Place, to: SocketAddr, expected: bool) -> Result<()> {
+pub fn until_let_in(place: &Place, to: SocketAddr, expected: bool) -> Result<()> {
     let what = format!("{} is {} at {to}", place.name(), if expected { "let in" } else { "refused" });
     until(NEWS, &what, || match call(place, to, "may I") {
         Ok(()) => Ok(expected),

@@ -129,6 +129,74 @@ impl Drop for Bpffs {
     }
 }
 
+/// A cgroup of cgroup2, seen through a mount of the test's own. Removed when dropped; nobody must be in it then.
+pub struct Cgroup {
+    path: PathBuf,
+    mount: std::sync::Arc<Cgroup2>,
+}
+
+struct Cgroup2(tempfile::TempDir);
+
+impl Drop for Cgroup2 {
+    fn drop(&mut self) {
+        let _ = nix::mount::umount2(self.0.path(), nix::mount::MntFlags::MNT_DETACH);
+    }
+}
+
+impl Cgroup {
+    /// Below the root.
+    pub fn new() -> Cgroup {
+        let directory = tempfile::tempdir().unwrap();
+        sh(&format!("mount -t cgroup2 none {}", directory.path().display()));
+        let name = format!("weft-test-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
+        let path = directory.path().join(name);
+        Cgroup { path, mount: Cgroup2(directory).into() }.made()
+    }
+
+    pub fn below(&self, name: &str) -> Cgroup {
+        Cgroup { path: self.path.join(name), mount: self.mount.clone() }.made()
+    }
+
+    fn made(self) -> Cgroup {
+        std::fs::create_dir(&self.path).unwrap();
+        self
+    }
+
+    /// Another of the same name in its place.
+    pub fn renew(&mut self) {
+        std::fs::remove_dir(&self.path).unwrap();
+        std::fs::create_dir(&self.path).unwrap();
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    pub fn root(&self) -> &Path {
+        self.mount.0.path()
+    }
+
+    /// As `/proc/PID/cgroup` has it.
+    pub fn name(&self) -> &str {
+        self.path.to_str().unwrap().strip_prefix(self.root().to_str().unwrap()).unwrap()
+    }
+
+    pub fn id(&self) -> u64 {
+        std::os::unix::fs::MetadataExt::ino(&self.path.metadata().unwrap())
+    }
+
+    /// Where a process says that it enters.
+    pub fn procs(&self) -> std::ffi::CString {
+        std::ffi::CString::new(self.path.join("cgroup.procs").to_str().unwrap()).unwrap()
+    }
+}
+
+impl Drop for Cgroup {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir(&self.path);
+    }
+}
+
 pub struct World {
     pub options: Options,
     pub pod: Space,
