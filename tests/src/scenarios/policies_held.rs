@@ -40,10 +40,10 @@ const LATE: Duration = Duration::from_millis(700);
 /// Of that, what they have spent at the agent at least, by its own log.
 const HELD: Duration = Duration::from_millis(200);
 
-/// An Allow and a Deny of the client. What follows the `@` tells contents apart.
-const TAG: &str = "@00000000";
+/// An Allow and a Deny of the client, each with what tells contents apart.
 const ALLOW: &str = "shop/only-client@00000000";
 const DENY: &str = "shop/no-client@00000000";
+const TAG: &str = "@00000000";
 
 fn held_back(cluster: Builder) -> Result<()> {
     let shop =
