@@ -67,6 +67,10 @@ for _ in $(seq 300); do ctr --timeout 1s version >/dev/null 2>&1 && break; sleep
 for image in /mnt/images/*.tar; do
     ctr --namespace k8s.io images import "$image" >>/mnt/images.log 2>&1 || fail "$image cannot be imported"
 done
-start kubelet "$PROGRAMS/kubelet" --config /mnt/kubelet.yaml --kubeconfig /mnt/kubelet.kubeconfig --node-ip "$NODE_ADDRESS" --v 2
+# In a cgroup of its own, as service managers start it.
+service=/sys/fs/cgroup/unified/system.slice/kubelet.service
+mkdir -p "$service"
+start kubelet bash -c 'echo $$ >"$0/cgroup.procs"; exec "$@"' "$service" \
+    "$PROGRAMS/kubelet" --config /mnt/kubelet.yaml --kubeconfig /mnt/kubelet.kubeconfig --node-ip "$NODE_ADDRESS" --v 2
 start kube-proxy "$PROGRAMS/kube-proxy" --config /mnt/kube-proxy.yaml
 wait
