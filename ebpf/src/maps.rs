@@ -141,8 +141,13 @@ pub fn end_probing(socket: *mut bpf_sock) {
 fn storage(socket: *mut bpf_sock, flags: u64) -> *mut ProbeKey {
     // SAFETY: a socket of the context; values of this map are of that type and live as long as the program runs.
     unsafe {
-        bpf_sk_storage_get((&raw const PROBING).cast_mut().cast(), socket.cast(), core::ptr::null_mut(), flags)
-            .cast()
+        bpf_sk_storage_get(
+            (&raw const PROBING).cast_mut().cast(),
+            socket.cast(),
+            core::ptr::null_mut(),
+            flags,
+        )
+        .cast()
     }
 }
 

@@ -56,7 +56,8 @@ pub fn note(_: &SockAddrContext, socket: *mut bpf_sock) {
 fn is_kubelet() -> bool {
     let cgroup = maps::kubelet();
     // SAFETY: the helpers take nothing. The user is in the lower half, as the first user namespace numbers it.
-    cgroup != 0 && unsafe { bpf_get_current_cgroup_id() == cgroup && bpf_get_current_uid_gid() as u32 == ROOT }
+    cgroup != 0
+        && unsafe { bpf_get_current_cgroup_id() == cgroup && bpf_get_current_uid_gid() as u32 == ROOT }
 }
 
 /// Attached once a node at the root of cgroup2; hears of every TCP connection.

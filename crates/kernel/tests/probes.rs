@@ -17,7 +17,7 @@ use std::{
     sync::{Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
-use testbed::{Cgroup, PEER, PEER6, POD, POD6, World, at, ends, ip, read_all, try_accept};
+use testbed::{Cgroup, PEER, PEER6, POD, POD6, World, at, ends, flags, ip, read_all, try_accept};
 use weft_ebpf_common::{MAX_PROBES, ProbeKey};
 use weft_kernel::{Kernel, Kubelet, LAYOUT_VERSION, Options, Pod, TUNNEL_PORT, kubelet};
 
@@ -274,6 +274,23 @@ fn a_connection_that_was_not_established_is_forgotten() {
     let socket = scene.socket(nowhere, 0);
     dial(Who::In(&scene.cgroup), &socket, nowhere).unwrap_err();
     assert_eq!(scene.recorded(), 0, "given up, and not closed");
+}
+
+/// Should another program on the node have turned off what we hear of a socket's end by.
+#[test]
+fn notifications_that_another_program_turned_off_are_not_missed() {
+    let Some(scene) = Scene::new() else { return };
+    let (kubelet, to, closed) = (Who::In(&scene.cgroup), at(POD, PORT), at(POD, CLOSED));
+    let cookie = weft_kernel::Netns::open(&scene.world.peer.path()).unwrap().cookie();
+    let _other = flags::turn_off(cookie, scene.cgroup.root());
+    let socket = scene.socket(to, 0);
+    assert!(scene.reaches_application(kubelet, &socket, to));
+    assert_eq!(scene.recorded(), 0, "established");
+    let socket = scene.socket(closed, 0);
+    dial(kubelet, &socket, closed).unwrap_err();
+    assert_eq!(scene.recorded(), 1, "the other program changes nothing, so this shows nothing");
+    drop(socket);
+    assert_eq!(scene.recorded(), 0, "closed");
 }
 
 #[test]

@@ -1,6 +1,9 @@
 //! The shape of every pinned map, checked before a predecessor's map is used.
 
-use crate::{Address, Dialled, LpmKey, MAX_CAPTURE, MAX_COUNTERS, MAX_PODS, MAX_PROBES, MAX_SOURCES, PodEntry, ProbeKey};
+use crate::{
+    Address, Dialled, LpmKey, MAX_CAPTURE, MAX_COUNTERS, MAX_PODS, MAX_PROBES, MAX_SOURCES, PodEntry,
+    ProbeKey,
+};
 
 /// `enum bpf_map_type` of the kernel, as far as we use it.
 #[repr(u32)]

@@ -41,7 +41,8 @@ mod tests {
 
     #[test]
     fn none_is_no_connection() {
-        let [client, pod]: [Address; 2] = [Ipv4Addr::new(10, 0, 0, 1), Ipv4Addr::new(10, 0, 0, 2)].map(Into::into);
+        let [client, pod]: [Address; 2] =
+            [Ipv4Addr::new(10, 0, 0, 1), Ipv4Addr::new(10, 0, 0, 2)].map(Into::into);
         assert!(ProbeKey::NONE.is_none());
         assert!(!ProbeKey::new(client, 40000, pod, 80).is_none());
     }

@@ -2,6 +2,8 @@
 //! an instance of its own. Everything goes away with the value.
 #![allow(dead_code, clippy::unwrap_used, clippy::disallowed_methods)]
 
+pub mod flags;
+
 use std::{
     fs::File,
     io::{self, Read, Write},
