@@ -16,6 +16,7 @@ use weft_proto::{
         node_service_server::{NodeService, NodeServiceServer},
     },
 };
+use weft_xds::Progress;
 
 use crate::{
     auth::Authenticator,
@@ -37,11 +38,12 @@ pub async fn serve(
     xds: weft_xds::Service,
     authenticator: Authenticator,
     authority: Authority,
+    progress: Progress,
     inputs: mpsc::Sender<Input>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), tonic::transport::Error> {
     let ca = Ca { authenticator: authenticator.clone(), authority: Arc::new(authority) };
-    let node = Node { authenticator, inputs };
+    let node = Node { authenticator, progress, inputs };
     let (stop, stopped) = oneshot::channel::<()>();
     let server = weft_xds::with_keepalive(Server::builder())
         .add_service(xds)
@@ -89,17 +91,20 @@ impl IstioCertificateService for Ca {
 
 struct Node {
     authenticator: Authenticator,
+    progress: Progress,
     inputs: mpsc::Sender<Input>,
 }
 
 #[tonic::async_trait]
 impl NodeService for Node {
-    /// Answers when the report is written down and what follows from it is published.
+    /// Answers when the report is written down. A replica that has seen less than the agent might take the pods for others
+    /// of their name.
     async fn report_enrollment(
         &self,
         request: Request<EnrollmentReport>,
     ) -> Result<Response<EnrollmentAck>, Status> {
         let node = self.authenticator.node(request.metadata()).await?;
+        self.progress.reach(request.metadata()).await?;
         let EnrollmentReport { enrolled_uids, failures } = request.into_inner();
         let (done, result) = oneshot::channel();
         let report = Report {

@@ -13,7 +13,7 @@ use weft_proto::{
 };
 use weft_xds::{AuthenticatedChannel, ControlEndpoint, TokenSource};
 
-use crate::config::Config;
+use crate::{config::Config, seen::Seen};
 
 /// A call that takes longer counts as failed and is tried again.
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
@@ -23,6 +23,7 @@ const SERVER_NAME: &str = "weft-control";
 /// Cheap to clone.
 #[derive(Clone)]
 pub struct Controller {
+    endpoint: ControlEndpoint,
     ca: IstioCertificateServiceClient<AuthenticatedChannel>,
     node: NodeServiceClient<AuthenticatedChannel>,
 }
@@ -33,7 +34,14 @@ impl Controller {
         Ok(Self {
             ca: IstioCertificateServiceClient::new(channel.clone()),
             node: NodeServiceClient::new(channel),
+            endpoint: endpoint.clone(),
         })
+    }
+
+    /// From now on reports go over another connection, and so maybe to another replica.
+    pub fn reconnect(&mut self) -> anyhow::Result<()> {
+        self.node = NodeServiceClient::new(weft_xds::channel(&self.endpoint)?);
+        Ok(())
     }
 
     pub async fn create_certificate(
@@ -53,13 +61,14 @@ impl Controller {
     }
 }
 
-/// Where the controller is, from the settings.
-pub fn endpoint(config: &Config) -> anyhow::Result<ControlEndpoint> {
+/// Where the controller is, from the settings. It is told what this node has `seen`.
+pub fn endpoint(config: &Config, seen: &Seen) -> anyhow::Result<ControlEndpoint> {
     let read = |path: &Path| std::fs::read(path).with_context(|| format!("reading {}", path.display()));
     Ok(ControlEndpoint {
         address: config.control.clone(),
         ca_pem: read(&config.control_ca)?,
         server_name: SERVER_NAME.to_owned(),
         token: TokenSource::file(config.token_file.clone()),
+        seen: Some(seen.subscribe()),
     })
 }

@@ -1,11 +1,12 @@
-//! Takes in the controller's news. For every delta, in this order: the kernel's maps, then the snapshot that workers
-//! read, then the acknowledgement. So whoever sees a pod published knows that this node's kernel already refuses
+//! Takes in the controller's news. For every delta, in this order: how far it is gets written down ([`crate::seen`]), then
+//! the kernel's maps, then the snapshot that workers read, then the acknowledgement. So whoever sees a pod published knows that this node's kernel already refuses
 //! plaintext from it.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     net::IpAddr,
     sync::Arc,
+    time::Duration,
 };
 
 use ipnet::IpNet;
@@ -19,6 +20,7 @@ use weft_xds::Update;
 use crate::{
     convert::{self, ConvertError, LocalPod, MeshSettings},
     metrics::Metrics,
+    seen::Seen,
 };
 
 /// What the controller said, as of the newest delta.
@@ -54,16 +56,28 @@ enum ApplyError {
 /// Resource types in the order in which they are asked for: settings first, because reading the others needs them.
 pub const TYPES: [&str; 3] = [type_url::MESH_CONFIG, type_url::ADDRESS, type_url::LOCAL_WORKLOAD];
 
+/// Before writing is tried again.
+const RETRY: Duration = Duration::from_secs(1);
+
 /// Runs until the channel closes. `publish` holds what workers read.
 pub async fn run(
     kernel: Arc<Kernel>,
     metrics: Arc<Metrics>,
+    seen: Arc<Seen>,
     mut updates: mpsc::Receiver<Update>,
     publish: watch::Sender<Arc<Snapshot>>,
 ) {
     let mut applier =
         Applier { maps: Maps::adopt(kernel), seen: HashSet::new(), current: Snapshot::default() };
     while let Some(update) = updates.recv().await {
+        // Without this a successor might be given an older state and believe it.
+        while let Err(error) = seen.raise(&update.seen) {
+            warn!(
+                error = format!("{error:#}"),
+                "news from the controller wait until it is written down how far they are"
+            );
+            tokio::time::sleep(RETRY).await;
+        }
         match applier.apply(&update) {
             Ok(()) => {
                 if applier.current.synced && !publish.borrow().synced {
