@@ -33,6 +33,8 @@ struct Gates {
     hold_news: bool,
     hold_reports: bool,
     refuse: bool,
+    /// Connections up to this number are held, both ways.
+    hold_old: u64,
     next: u64,
     connections: HashMap<u64, (TcpStream, TcpStream)>,
 }
@@ -50,12 +52,15 @@ impl Shared {
         self.gates.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// Writes `bytes` once the gate of `direction` is open. The lock is kept while writing: when `hold` has returned,
+    /// Writes `bytes` of connection `id` once the gate of `direction` is open. The lock is kept while writing: when `hold` has returned,
     /// nothing passes any more.
-    fn pass(&self, direction: Direction, to: &mut TcpStream, bytes: &[u8]) -> std::io::Result<()> {
-        let shut = |gates: &mut Gates| match direction {
-            Direction::News => gates.hold_news,
-            Direction::Reports => gates.hold_reports,
+    fn pass(&self, id: u64, direction: Direction, to: &mut TcpStream, bytes: &[u8]) -> std::io::Result<()> {
+        let shut = |gates: &mut Gates| {
+            let held = match direction {
+                Direction::News => gates.hold_news,
+                Direction::Reports => gates.hold_reports,
+            };
+            held || id <= gates.hold_old
         };
         let _open =
             self.opened.wait_while(self.gates(), shut).unwrap_or_else(|poisoned| poisoned.into_inner());
@@ -107,6 +112,12 @@ impl Relay {
         gates.hold_reports = true;
     }
 
+    /// Holds the connections that are open now, both ways; new ones are not.
+    pub fn hold_open(&self) {
+        let mut gates = self.shared.gates();
+        gates.hold_old = gates.next;
+    }
+
     /// Holds what the agent sends, so that it hears but is not heard.
     pub fn hold_reports(&self) {
         self.shared.gates().hold_reports = true;
@@ -124,6 +135,7 @@ impl Relay {
         gates.hold_news = false;
         gates.hold_reports = false;
         gates.refuse = false;
+        gates.hold_old = 0;
         self.shared.opened.notify_all();
     }
 
@@ -172,7 +184,7 @@ fn splice(shared: &Arc<Shared>, agent: TcpStream, controller: TcpStream) -> std:
         std::thread::spawn(move || {
             let mut buffer = [0u8; 16 << 10];
             while let Ok(length) = from.read(&mut buffer) {
-                if length == 0 || shared.pass(direction, &mut to, &buffer[..length]).is_err() {
+                if length == 0 || shared.pass(id, direction, &mut to, &buffer[..length]).is_err() {
                     break;
                 }
             }

@@ -23,6 +23,7 @@ use super::programs;
 use crate::agent::{self, Agent};
 use crate::bed::Bed;
 use crate::binaries::binary;
+use crate::capture::Capture;
 use crate::control::{Controller, Source};
 use crate::place::Place;
 use crate::pod::Pod;
@@ -201,6 +202,11 @@ impl ApiCluster {
     pub fn cut(&self, node: &str) -> Result<()> {
         self.agent(node)?.relay.cut();
         Ok(())
+    }
+
+    /// Starts recording the wire between the nodes.
+    pub fn capture(&self) -> Result<Capture> {
+        self.topology.capture()
     }
 
     /// The root's certificate, as agents have it.

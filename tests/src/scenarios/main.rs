@@ -15,6 +15,7 @@ mod kubernetes;
 mod operations;
 mod outside;
 mod races;
+mod replicas;
 mod rogue;
 mod runner;
 mod shop;
@@ -59,6 +60,7 @@ fn all() -> Vec<Scenario> {
         operations::SCENARIOS,
         chart::SCENARIOS,
         apiserver::SCENARIOS,
+        replicas::SCENARIOS,
         kubernetes::SCENARIOS,
         check::SCENARIOS,
     ]
