@@ -21,6 +21,8 @@ use crate::cluster::{self, WATCH_SECONDS};
 
 /// Objects asked for at a time, so that neither side holds a long list twice.
 const PAGE: u32 = 500;
+/// A page that takes longer does not come.
+const LIST: Duration = Duration::from_secs(15);
 /// A watch that should have ended by then is dead.
 const SILENCE: Duration = Duration::from_secs(WATCH_SECONDS as u64 + 5);
 /// Pauses before something that failed is tried again. Not longer: after a restart of the API server that would be time in
@@ -167,9 +169,11 @@ impl ListWatch {
     async fn page(&mut self, more: Option<String>) -> Result<State, Failure> {
         let mut params = ListParams::default().limit(PAGE);
         params.continue_token = more;
-        let list = match self.api.list(&params).await {
-            Err(kube::Error::Api(status)) if status.code == 404 => return Err(Failure::Missing),
-            list => list?,
+        let list = match timeout(LIST, self.api.list(&params)).await {
+            Ok(Err(kube::Error::Api(status))) if status.code == 404 => return Err(Failure::Missing),
+            Ok(list) => list?,
+            // Over a connection that is dead, most likely; the next attempt is over another.
+            Err(_) => return Err(Failure::Told(format!("no list within {LIST:?}"))),
         };
         let version = number(list.metadata.resource_version.as_deref())?;
         if version < self.seen {
