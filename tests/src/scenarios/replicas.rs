@@ -61,7 +61,8 @@ fn behind(cluster: Builder) -> Result<()> {
             ensure!(metrics.sum("weft_control_xds_streams", &[]) >= 2.0, "it serves fewer");
             Ok(metrics.sum("weft_control_pods_enrolled", &[]) >= 2.0)
         })?;
-        // And so goes on by itself, also with what is new.
+        // It has read again what the agents asked for. When its watches are told the rest, it goes on as any other.
+        cluster.door(1)?.release();
         let late = cluster.pod("shop/late", "east")?;
         cluster.wait_enrolled(&[&late])?;
         calls.wait_for_success(&targets, 3, NEWS)
