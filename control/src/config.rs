@@ -102,7 +102,7 @@ struct Flags {
     /// added.
     #[arg(long, env = "WEFT_SERVICE_NETWORKS", value_delimiter = ',', value_name = "CIDR,...")]
     service_networks: Option<Vec<String>>,
-    /// Ranges that are never captured, even inside the others. In a cluster, its Nodes' own addresses are added.
+    /// Ranges that are never captured, even inside the others.
     #[arg(long, env = "WEFT_EXTERNAL_NETWORKS", value_delimiter = ',', value_name = "CIDR,...")]
     external_networks: Option<Vec<String>>,
     /// Trust domain of the identities issued. [default: cluster.local]

@@ -35,9 +35,6 @@ pub struct Indexes {
     /// Pods by the addresses that they claim as their own.
     pub pods_by_address: Index<IpAddr>,
     pub pods_by_node: Index<String>,
-    pub services_by_address: Index<IpAddr>,
-    /// Names of nodes, without a namespace.
-    pub nodes_by_address: Index<IpAddr>,
     pub slices_by_service: Index<Name>,
     /// Slices by the pods that their endpoints refer to.
     pub slices_by_pod: Index<Name>,
@@ -62,14 +59,6 @@ impl<K: Ord + Clone> Index<K> {
         // No name comes before the empty one.
         let all = self.0.range((key.clone(), Name::default())..);
         all.take_while(move |(of, _)| of == key).map(|(_, name)| name)
-    }
-
-    pub fn contains(&self, key: &K) -> bool {
-        self.get(key).next().is_some()
-    }
-
-    pub fn keys(&self) -> impl Iterator<Item = &K> {
-        self.0.iter().map(|(key, _)| key)
     }
 
     pub fn insert(&mut self, key: K, name: &Name) {
@@ -98,7 +87,10 @@ pub struct Touched {
     pub slices: BTreeSet<Name>,
     /// Addresses that other pods claim than before.
     pub addresses: BTreeSet<IpAddr>,
-    /// The ranges of the cluster, its nodes' addresses, or who else claims one of these.
+    pub nodes: BTreeSet<String>,
+    /// Nodes that are elsewhere than before.
+    pub moved_nodes: BTreeSet<String>,
+    /// The ranges of the cluster.
     pub networks: bool,
 }
 
@@ -156,9 +148,7 @@ impl Store {
     fn set_pod(&mut self, name: Name, new: Option<Arc<Pod>>) {
         let old = set(&mut self.pods, name.clone(), new.clone());
         let (was, is) = (keys(&old, claims), keys(&new, claims));
-        let others: Vec<IpAddr> = was.symmetric_difference(&is).copied().collect();
-        self.touched.networks |= others.iter().any(|ip| self.indexes.nodes_by_address.contains(ip));
-        self.touched.addresses.extend(others);
+        self.touched.addresses.extend(was.symmetric_difference(&is));
         self.indexes.pods_by_address.change(was, is, &name);
         let node = |pod: &Pod| pod.spec.node_name.clone().into_iter().collect();
         self.indexes.pods_by_node.change(keys(&old, node), keys(&new, node), &name);
@@ -166,11 +156,7 @@ impl Store {
     }
 
     fn set_service(&mut self, name: Name, new: Option<Arc<Service>>) {
-        let old = set(&mut self.services, name.clone(), new.clone());
-        let (was, is) = (keys(&old, Service::addresses), keys(&new, Service::addresses));
-        let mut others = was.symmetric_difference(&is);
-        self.touched.networks |= others.any(|ip| self.indexes.nodes_by_address.contains(ip));
-        self.indexes.services_by_address.change(was, is, &name);
+        set(&mut self.services, name.clone(), new);
         self.touched.services.insert(name);
     }
 
@@ -199,10 +185,12 @@ impl Store {
 
     fn set_node(&mut self, name: String, new: Option<Arc<Node>>) {
         let old = set(&mut self.nodes, name.clone(), new.clone());
-        let addresses = |node: &Node| node.addresses().collect();
-        let name = (String::new(), name);
-        self.indexes.nodes_by_address.change(keys(&old, addresses), keys(&new, addresses), &name);
-        self.touched.networks = true;
+        if old.as_deref().map(Node::locality) != new.as_deref().map(Node::locality) {
+            self.touched.moved_nodes.insert(name.clone());
+        }
+        let networks = |node: &Node| node.pod_networks().collect();
+        self.touched.networks |= keys(&old, networks) != keys(&new, networks);
+        self.touched.nodes.insert(name);
     }
 
     fn set_service_cidr(&mut self, name: String, new: Option<Arc<ServiceCidr>>) {

@@ -16,8 +16,8 @@ async fn a_small_cluster_is_measured() {
     // Every change arrived at every agent, and those on the agents' own nodes entered the mesh.
     assert_eq!((figures.changes, figures.lost, figures.ended), (20, 0, 0));
     assert_eq!(figures.arrivals.len(), 40);
-    // Pods, Services, the settings, and the pods of one node.
-    assert_eq!(figures.first_resources, 40 + 5 + 1 + 10);
+    // Pods, Services, Nodes, the settings, and the pods of one node.
+    assert_eq!(figures.first_resources, 40 + 5 + 4 + 1 + 10);
     assert!(figures.messages > 0 && figures.reports > 0 && figures.writes > 0, "{figures:?}");
     // Pods say that they entered it.
     assert!(figures.conditions > 0, "{figures:?}");

@@ -4,6 +4,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "proto/istio/workload.proto",
         "proto/istio/ca.proto",
         "proto/weft/node.proto",
+        "proto/weft/service.proto",
     ];
     println!("cargo::rerun-if-changed=proto");
     let descriptors = protox::compile(files, ["proto"])?;

@@ -3,6 +3,11 @@
 //!
 //! A mark is never trusted here. In an enrolled network namespace this hook writes it on every connection that it
 //! captures and clears ours from those that it lets pass; only sockets registered in `OWN` are left alone.
+//!
+//! Programs that were attached to the root before run before this one and may have put another destination into the
+//! context. What the application dialled is known from `save.rs`, and counts first: if that is to be captured it is
+//! written back, and the agent hears of the Service and not of the backend that the other program chose for it. If not,
+//! the other's destination stays, since nobody else may know the way to the Service, and is judged for itself.
 
 use crate::maps::{self, OWN};
 use aya_ebpf::{
@@ -40,36 +45,71 @@ macro_rules! load {
     };
 }
 
+/// Writes one word of a context field. Volatile, so that no two stores are merged.
+macro_rules! store {
+    ($field:expr, $value:expr) => {
+        // SAFETY: a field that programs of this kind may write, of a context that the kernel passed to this program.
+        unsafe { core::ptr::write_volatile(&raw mut $field, $value) }
+    };
+}
+
 #[cgroup_sock_addr(connect4)]
 pub fn connect4(ctx: SockAddrContext) -> i32 {
-    match enrolled(&ctx) {
-        Some(pod) => decide(&ctx, pod, Address::from_v4_word(load!((*ctx.sock_addr).user_ip4))),
-        None => PASS,
-    }
+    let Some(pod) = enrolled(&ctx) else { return PASS };
+    let destination = destination4(&ctx);
+    let Some((dialled, port)) = hidden(&ctx, pod, &destination) else {
+        return decide(&ctx, pod, destination);
+    };
+    let [.., word] = dialled.words();
+    store!((*ctx.sock_addr).user_ip4, word);
+    store!((*ctx.sock_addr).user_port, port);
+    capture(&ctx, pod, dialled)
 }
 
 /// Also sees v4-mapped destinations of dual-stack sockets, for which connect4 is not called.
 #[cgroup_sock_addr(connect6)]
 pub fn connect6(ctx: SockAddrContext) -> i32 {
-    match enrolled(&ctx) {
-        Some(pod) => decide(
-            &ctx,
-            pod,
-            Address::from_words([
-                load!((*ctx.sock_addr).user_ip6[0]),
-                load!((*ctx.sock_addr).user_ip6[1]),
-                load!((*ctx.sock_addr).user_ip6[2]),
-                load!((*ctx.sock_addr).user_ip6[3]),
-            ]),
-        ),
-        None => PASS,
-    }
+    let Some(pod) = enrolled(&ctx) else { return PASS };
+    let destination = destination6(&ctx);
+    let Some((dialled, port)) = hidden(&ctx, pod, &destination) else {
+        return decide(&ctx, pod, destination);
+    };
+    let [a, b, c, d] = dialled.words();
+    store!((*ctx.sock_addr).user_ip6[0], a);
+    store!((*ctx.sock_addr).user_ip6[1], b);
+    store!((*ctx.sock_addr).user_ip6[2], c);
+    store!((*ctx.sock_addr).user_ip6[3], d);
+    store!((*ctx.sock_addr).user_port, port);
+    capture(&ctx, pod, dialled)
+}
+
+/// The destination in the context of connect4.
+#[inline(always)]
+pub fn destination4(ctx: &SockAddrContext) -> Address {
+    Address::from_v4_word(load!((*ctx.sock_addr).user_ip4))
+}
+
+/// The destination in the context of connect6.
+#[inline(always)]
+pub fn destination6(ctx: &SockAddrContext) -> Address {
+    Address::from_words([
+        load!((*ctx.sock_addr).user_ip6[0]),
+        load!((*ctx.sock_addr).user_ip6[1]),
+        load!((*ctx.sock_addr).user_ip6[2]),
+        load!((*ctx.sock_addr).user_ip6[3]),
+    ])
+}
+
+/// The port in the context, in network order.
+#[inline(always)]
+pub fn port(ctx: &SockAddrContext) -> u32 {
+    load!((*ctx.sock_addr).user_port)
 }
 
 /// The pod behind a TCP socket that is not the agent's own. The path of every other process on the node ends here,
 /// after one hash lookup.
 #[inline(always)]
-fn enrolled(ctx: &SockAddrContext) -> Option<&'static PodEntry> {
+pub fn enrolled(ctx: &SockAddrContext) -> Option<&'static PodEntry> {
     let protocol = load!((*ctx.sock_addr).protocol);
     if protocol != IPPROTO_TCP && protocol != IPPROTO_MPTCP {
         return None;
@@ -81,17 +121,42 @@ fn enrolled(ctx: &SockAddrContext) -> Option<&'static PodEntry> {
     own.is_null().then_some(pod)
 }
 
+/// Address and port that the application dialled, where another program has changed them and they are to be captured.
+#[inline(always)]
+fn hidden(ctx: &SockAddrContext, pod: &PodEntry, destination: &Address) -> Option<(Address, u32)> {
+    let (dialled, dialled_port) = maps::take_dialled(ctx)?;
+    let changed = !dialled.is(destination) || dialled_port != port(ctx);
+    (changed && is_captured(pod, &dialled, dialled_port)).then_some((dialled, dialled_port))
+}
+
 #[inline(always)]
 fn decide(ctx: &SockAddrContext, pod: &PodEntry, destination: Address) -> i32 {
+    match is_captured(pod, &destination, port(ctx)) {
+        true => capture(ctx, pod, destination),
+        false => let_pass(ctx, socket(ctx)),
+    }
+}
+
+#[inline(always)]
+fn is_captured(pod: &PodEntry, destination: &Address, port: u32) -> bool {
+    if destination.is_loopback() || destination.is_unspecified() || pod.owns(destination) {
+        return false;
+    }
+    // The lower half of the word, whose bytes lie in memory as they do in the packet.
+    let verdict = maps::verdict(*destination, (port as u16).to_ne_bytes());
+    verdict == Verdict::Capture as u32 || (verdict == Verdict::LetGo as u32 && pod.on_hold())
+}
+
+#[inline(always)]
+fn socket(ctx: &SockAddrContext) -> *mut bpf_sock {
     // SAFETY: the context's socket, which the kernel never leaves null in a connect hook.
-    let socket = unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk };
-    if destination.is_loopback() || destination.is_unspecified() || pod.owns(&destination) {
-        return let_pass(ctx, socket);
-    }
-    let verdict = maps::verdict(destination);
-    if verdict != Verdict::Capture as u32 && !(verdict == Verdict::LetGo as u32 && pod.on_hold()) {
-        return let_pass(ctx, socket);
-    }
+    unsafe { (*ctx.sock_addr).__bindgen_anon_1.sk }
+}
+
+/// Hands the connection to the agent, or refuses it; never lets it pass as it is.
+#[inline(always)]
+fn capture(ctx: &SockAddrContext, pod: &PodEntry, destination: Address) -> i32 {
+    let socket = socket(ctx);
     if load!((*socket).bound_dev_if) != 0 {
         // The policy route leads to lo, which such a socket cannot use: it would leave by its device, in the clear.
         return refuse(ctx, &destination, Counter::RefusedBoundDevice, EPERM);

@@ -6,6 +6,7 @@
 
 mod connect;
 mod maps;
+mod save;
 mod sk_lookup;
 
 #[panic_handler]

@@ -8,10 +8,11 @@ use aya_ebpf::{
     helpers::generated::{bpf_map_lookup_elem, bpf_sk_assign, bpf_sk_release},
     macros::{btf_map, map},
     maps::{HashMap, LpmTrie, PerCpuArray, SockMap},
-    programs::SkLookupContext,
+    programs::{SkLookupContext, SockAddrContext},
 };
 use weft_ebpf_common::{
-    Address, CaptureKey, Counter, LpmKey, MAX_CAPTURE, MAX_COUNTERS, MAX_PODS, MAX_SOURCES, PodEntry,
+    Address, CaptureKey, Counter, Dialled, LpmKey, MAX_CAPTURE, MAX_COUNTERS, MAX_PODS, MAX_SOURCES,
+    PodEntry, Verdict,
 };
 
 #[map]
@@ -28,6 +29,9 @@ static COUNTERS: PerCpuArray<u64> = PerCpuArray::with_max_entries(MAX_COUNTERS, 
 /// CAP_NET_RAW, an entry here only through the map's descriptor.
 #[btf_map]
 pub static OWN: SkStorage<u32> = SkStorage::new();
+/// What a socket is dialling, from `save.rs` to `connect.rs`. Ends with the socket.
+#[btf_map]
+static DIALLED: SkStorage<Dialled> = SkStorage::new();
 
 /// The pod whose network namespace has this cookie.
 #[inline(always)]
@@ -37,16 +41,55 @@ pub fn pod(cookie: u64) -> Option<&'static PodEntry> {
     unsafe { PODS.get(cookie) }
 }
 
-/// What the capture set says of a TCP destination, zero if nothing.
+/// What the capture set says of a TCP destination, zero if nothing; never `ByPort` or `Node`. The port is in network
+/// order.
 #[inline(always)]
-pub fn verdict(destination: Address) -> u32 {
+pub fn verdict(destination: Address, port: [u8; 2]) -> u32 {
+    let verdict = capture(CaptureKey::tcp(destination));
+    let node = verdict == Verdict::Node as u32;
+    // Nearly every destination ends here.
+    if !node && verdict != Verdict::ByPort as u32 {
+        return verdict;
+    }
+    let captured = Verdict::Capture as u32;
+    if capture(CaptureKey::tcp_port(destination, port)) == captured
+        || (node && capture(CaptureKey::node_port(port)) == captured)
+    {
+        return captured;
+    }
+    Verdict::LetGo as u32
+}
+
+#[inline(always)]
+fn capture(key: CaptureKey) -> u32 {
     // Our own key type, not aya's packed one, whose bytes would be copied one by one.
-    let key = LpmKey::lookup(CaptureKey::tcp(destination));
+    let key = LpmKey::lookup(key);
     // SAFETY: map and key have the types that the map was declared with; the helper copies the key.
     let value =
         unsafe { bpf_map_lookup_elem((&raw const CAPTURE).cast_mut().cast(), (&raw const key).cast()) };
     // SAFETY: not null, so it points to a value of this map, a u32.
     if value.is_null() { 0 } else { unsafe { value.cast::<u32>().read() } }
+}
+
+/// Remembers what the context's socket is dialling, in the place of what an earlier call left. Where the kernel has no
+/// memory for it, no earlier call left anything either.
+#[inline(always)]
+pub fn save_dialled(ctx: &SockAddrContext, dialled: Dialled) {
+    // SAFETY: the helper takes the context's socket. A new value begins as zeroes.
+    let value = unsafe { DIALLED.get_or_insert_ptr_mut(ctx, None) };
+    if !value.is_null() {
+        // SAFETY: not null, so it points to a value of this map; only one call of connect() runs on a socket at a time.
+        unsafe { value.write(dialled) };
+    }
+}
+
+/// What was remembered, once.
+#[inline(always)]
+pub fn take_dialled(ctx: &SockAddrContext) -> Option<(Address, u32)> {
+    // SAFETY: as above; nothing is made where there is nothing.
+    let value = unsafe { DIALLED.get_ptr_mut(ctx) };
+    // SAFETY: as above.
+    unsafe { value.as_mut() }?.take()
 }
 
 /// Whether plaintext from this address is refused.

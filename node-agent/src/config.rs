@@ -40,6 +40,10 @@ pub struct Settings {
     /// Where bpffs is mounted [default: /sys/fs/bpf]
     #[arg(long, env = "WEFT_BPFFS", value_name = "DIR")]
     pub bpffs: Option<PathBuf>,
+    /// The cgroup2 directory that all pods' processes are below, which is where Services are recognised beside a CNI that
+    /// rewrites their addresses in sockets [default: the kubelet's, if there is one]
+    #[arg(long, env = "WEFT_PODS_CGROUP", value_name = "DIR")]
+    pub pods_cgroup: Option<PathBuf>,
     /// Unix socket of the admin interface [default: /run/weft/agent.sock]
     #[arg(long, env = "WEFT_ADMIN_SOCKET", value_name = "PATH")]
     pub admin_socket: Option<PathBuf>,
@@ -114,6 +118,7 @@ pub struct Config {
     pub token_file: PathBuf,
     pub instance: String,
     pub bpffs: PathBuf,
+    pub pods_cgroup: Option<PathBuf>,
     pub admin_socket: PathBuf,
     pub metrics_listen: SocketAddr,
     pub ready_listen: SocketAddr,
@@ -162,6 +167,7 @@ impl Settings {
             token_file: self.token_file.or(file.token_file).with_context(|| required("token-file"))?,
             instance: self.instance.or(file.instance).unwrap_or_else(|| "weft".into()),
             bpffs: self.bpffs.or(file.bpffs).unwrap_or_else(|| "/sys/fs/bpf".into()),
+            pods_cgroup: self.pods_cgroup.or(file.pods_cgroup),
             admin_socket: self.admin_socket.or(file.admin_socket).unwrap_or_else(|| ADMIN_SOCKET.into()),
             metrics_listen: self
                 .metrics_listen

@@ -1,12 +1,20 @@
 //! From the control plane's wire messages to the mesh model. What cannot be understood is an error with the resource's
 //! name, never a guess.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use ipnet::IpNet;
 use prost::Message;
-use weft_core::{Entry, PortMapping, Service, SpiffeId, TrustDomain, Tunnel, Workload};
-use weft_proto::{node, workload as wire};
+use weft_core::{
+    Entry, Health, Nearness, NodePort, PortMapping, Service, SpiffeId, TrustDomain, Tunnel, Workload,
+};
+use weft_proto::{
+    extension, node,
+    workload::{
+        self as wire,
+        load_balancing::{HealthPolicy, Mode, Scope},
+    },
+};
 
 #[derive(Debug, thiserror::Error)]
 pub enum ConvertError {
@@ -72,9 +80,15 @@ fn port(name: &str, port: u32) -> Result<u16, ConvertError> {
     u16::try_from(port).map_err(|_| invalid(name, format!("port {port}")))
 }
 
+/// A port that can be dialled.
+fn dialled_port(name: &str, number: u32) -> Result<u16, ConvertError> {
+    port(name, number).and_then(|port| if port == 0 { Err(invalid(name, "port 0")) } else { Ok(port) })
+}
+
 fn ports(name: &str, list: &[wire::Port]) -> Result<Vec<PortMapping>, ConvertError> {
     let one = |p: &wire::Port| {
-        Ok(PortMapping { service_port: port(name, p.service_port)?, target_port: port(name, p.target_port)? })
+        let service_port = dialled_port(name, p.service_port)?;
+        Ok(PortMapping { service_port, target_port: port(name, p.target_port)? })
     };
     list.iter().map(one).collect()
 }
@@ -108,7 +122,11 @@ fn workload(name: &str, w: wire::Workload, trust_domain: &TrustDomain) -> Result
         }
     };
     let host_network = w.network_mode() == wire::NetworkMode::HostNetwork;
-    let healthy = w.status() == wire::WorkloadStatus::Healthy;
+    let health = match w.status() {
+        wire::WorkloadStatus::Healthy => Health::Ready,
+        wire::WorkloadStatus::Unhealthy if extension::is_draining(&w.extensions) => Health::Draining,
+        wire::WorkloadStatus::Unhealthy => Health::Unready,
+    };
     let mut services = Vec::with_capacity(w.services.len());
     for (key, list) in &w.services {
         services.push((key.as_str().into(), ports(name, &list.ports)?));
@@ -121,23 +139,57 @@ fn workload(name: &str, w: wire::Workload, trust_domain: &TrustDomain) -> Result
         name: w.name.into(),
         namespace: w.namespace.into(),
         node: w.node.into(),
+        zone: w.locality.map(|at| at.zone).unwrap_or_default().into(),
         network: w.network.into(),
         host_network,
         addresses: w.addresses.iter().map(|a| self::address(name, a)).collect::<Result<_, _>>()?,
         tunnel,
-        healthy,
+        health,
         services,
     })
 }
 
 fn service(name: &str, s: wire::Service) -> Result<Service, ConvertError> {
+    let traits = extension::traits(&s.extensions)
+        .map_err(|source| ConvertError::Decode { name: name.to_owned(), source })?;
+    let node_port = |p: &weft_proto::service::NodePort| {
+        let (service_port, node_port) =
+            (dialled_port(name, p.service_port)?, dialled_port(name, p.node_port)?);
+        Ok::<_, ConvertError>(NodePort { service_port, node_port })
+    };
+    let external = traits.external_addresses.iter().map(|bytes| address(name, bytes));
+    let seconds = u64::from(traits.client_affinity_seconds);
+    let choice = s.load_balancing.unwrap_or_default();
     Ok(Service {
         key: format!("{}/{}", s.namespace, s.hostname).into(),
         addresses: s.addresses.iter().map(|a| address(name, &a.address)).collect::<Result<_, _>>()?,
         ports: ports(name, &s.ports)?,
+        external_addresses: external.collect::<Result<_, _>>()?,
+        node_ports: traits.node_ports.iter().map(node_port).collect::<Result<_, _>>()?,
         name: s.name.into(),
         namespace: s.namespace.into(),
+        nearness: nearness(&choice),
+        accepts_unready: choice.health_policy() == HealthPolicy::AllowAll,
+        affinity: (seconds > 0).then(|| Duration::from_secs(seconds)),
     })
+}
+
+/// The wire ranks endpoints by how many scopes, from the first on, they share with the caller.
+fn nearness(choice: &wire::LoadBalancing) -> Nearness {
+    let wants = |scope| choice.routing_preference().any(|wanted| wanted == scope);
+    match choice.mode() {
+        Mode::Strict if wants(Scope::Node) => Nearness::OnlyNode,
+        Mode::Failover if wants(Scope::Node) => Nearness::PreferNode,
+        Mode::Failover if wants(Scope::Zone) => Nearness::PreferZone,
+        _ => Nearness::Any,
+    }
+}
+
+/// Reads a `weft.node.v1.Node`: its name and addresses.
+pub fn node(name: &str, value: &[u8]) -> Result<(Arc<str>, Option<Vec<IpAddr>>), ConvertError> {
+    let node: node::Node = decode(name, value)?;
+    let addresses = node.addresses.iter().map(|bytes| address(name, bytes)).collect::<Result<_, _>>()?;
+    Ok((name.into(), Some(addresses)))
 }
 
 /// Reads a `weft.node.v1.LocalWorkload`.
@@ -171,6 +223,8 @@ pub fn mesh_settings(name: &str, value: &[u8]) -> Result<MeshSettings, ConvertEr
 
 #[cfg(test)]
 mod tests {
+    use weft_proto::service::ServiceTraits;
+
     use super::*;
 
     fn read(w: wire::Workload, name: &str) -> Result<Entry, ConvertError> {
@@ -193,7 +247,65 @@ mod tests {
         let Ok(Entry::Workload(w)) = read(pod(), "c//Pod/shop/web") else { panic!("not a workload") };
         assert_eq!(w.identity.to_string(), "spiffe://cluster.local/ns/shop/sa/default");
         assert_eq!(w.addresses, ["10.0.0.1".parse::<IpAddr>().expect("valid")]);
-        assert_eq!((w.tunnel, w.healthy), (Tunnel::None, true));
+        assert_eq!((w.tunnel, w.health), (Tunnel::None, Health::Ready));
+    }
+
+    fn read_service(service: wire::Service) -> Result<Service, ConvertError> {
+        let service = wire::Service { namespace: "shop".into(), hostname: "web".into(), ..service };
+        let address = wire::Address { r#type: Some(wire::address::Type::Service(service)) };
+        let trust = TrustDomain::new("cluster.local").expect("valid");
+        let Entry::Service(service) = entry("shop/web", &address.encode_to_vec(), &trust)? else {
+            panic!("not a service")
+        };
+        Ok((*service).clone())
+    }
+
+    #[test]
+    fn which_endpoints_a_service_prefers() {
+        for (mode, scopes, expected) in [
+            (Mode::UnspecifiedMode, &[][..], Nearness::Any),
+            (Mode::Strict, &[Scope::Node], Nearness::OnlyNode),
+            (Mode::Failover, &[Scope::Zone], Nearness::PreferZone),
+            (Mode::Failover, &[Scope::Zone, Scope::Node], Nearness::PreferNode),
+            (Mode::Failover, &[Scope::Network], Nearness::Any),
+        ] {
+            let choice = wire::LoadBalancing {
+                routing_preference: scopes.iter().map(|scope| (*scope).into()).collect(),
+                mode: mode.into(),
+                ..Default::default()
+            };
+            let service = wire::Service { load_balancing: Some(choice), ..Default::default() };
+            assert_eq!(read_service(service).expect("valid").nearness, expected, "{mode:?} {scopes:?}");
+        }
+    }
+
+    #[test]
+    fn what_extensions_say() {
+        let traits = ServiceTraits { client_affinity_seconds: 60, ..Default::default() };
+        let mut service = wire::Service {
+            extensions: extension::from_traits(&traits).into_iter().collect(),
+            ..Default::default()
+        };
+        let affinity = |service: &wire::Service| read_service(service.clone()).map(|s| s.affinity);
+        assert_eq!(affinity(&service).expect("valid"), Some(Duration::from_secs(60)));
+        service.extensions[0].name = "somebody.else/service".into();
+        assert_eq!(affinity(&service).expect("valid"), None);
+        service.extensions[0].name = "weft.dev/service".into();
+        service.extensions[0].config.as_mut().expect("there").value = vec![0xff];
+        assert!(affinity(&service).is_err());
+
+        for (status, extensions, expected) in [
+            (0, vec![], Health::Ready),
+            (1, vec![], Health::Unready),
+            (1, vec![extension::draining()], Health::Draining),
+        ] {
+            let Ok(Entry::Workload(w)) =
+                read(wire::Workload { status, extensions, ..pod() }, "c//Pod/shop/web")
+            else {
+                panic!("not a workload")
+            };
+            assert_eq!(w.health, expected);
+        }
     }
 
     #[test]
@@ -207,5 +319,27 @@ mod tests {
         assert!(read(wire::Workload { trust_domain: "Bad/".into(), ..pod() }, "c//Pod/shop/web").is_err());
         let trust = TrustDomain::new("cluster.local").expect("valid");
         assert!(entry("x", &[0xff, 0xff], &trust).is_err());
+        assert!(node("n", &node::Node { addresses: vec![vec![1, 2, 3]] }.encode_to_vec()).is_err());
+    }
+
+    #[test]
+    fn a_service_with_its_traits() {
+        let traits = |service_port, node_port| ServiceTraits {
+            node_ports: vec![weft_proto::service::NodePort { service_port, node_port }],
+            external_addresses: vec![vec![192, 0, 2, 1]],
+            ..Default::default()
+        };
+        let read = |traits: &ServiceTraits| {
+            let extensions = extension::from_traits(traits).into_iter().collect();
+            read_service(wire::Service { extensions, ..Default::default() })
+        };
+        let s = read(&traits(80, 30080)).expect("valid");
+        assert_eq!(s.external_addresses, ["192.0.2.1".parse::<IpAddr>().expect("valid")]);
+        assert_eq!(s.node_ports, [NodePort { service_port: 80, node_port: 30080 }]);
+        let s = read(&ServiceTraits::default()).expect("valid");
+        assert!(s.external_addresses.is_empty() && s.node_ports.is_empty());
+        for wrong in [traits(80, 0), traits(0, 30080), traits(80, 65536)] {
+            assert!(read(&wrong).is_err(), "{wrong:?}");
+        }
     }
 }

@@ -180,7 +180,8 @@ impl Views {
                 "node": &*w.node,
                 "addresses": w.addresses,
                 "tunnel": format!("{:?}", w.tunnel),
-                "healthy": w.healthy,
+                "health": format!("{:?}", w.health),
+                "zone": &*w.zone,
                 "services": w.services.iter().map(|(key, _)| &**key).collect::<Vec<_>>(),
             })),
             weft_core::Entry::Service(_) => None,
@@ -190,9 +191,17 @@ impl Views {
                 "key": &*s.key,
                 "addresses": s.addresses,
                 "ports": s.ports.iter().map(|p| p.service_port).collect::<Vec<_>>(),
+                "nearness": format!("{:?}", s.nearness),
+                "affinity_seconds": s.affinity.map(|time| time.as_secs()),
+                "external_addresses": s.external_addresses,
+                "node_ports": s.node_ports.iter().map(|p| p.node_port).collect::<Vec<_>>(),
             })),
             weft_core::Entry::Workload(_) => None,
         });
+        let nodes = snapshot
+            .mesh
+            .nodes()
+            .map(|(name, addresses)| serde_json::json!({ "name": &**name, "addresses": addresses }));
         let status = self.status();
         serde_json::json!({
             "connected": status.connected,
@@ -203,6 +212,7 @@ impl Views {
             "certificates": status.certificates,
             "workloads": workloads.collect::<Vec<_>>(),
             "services": services.collect::<Vec<_>>(),
+            "nodes": nodes.collect::<Vec<_>>(),
         })
     }
 }

@@ -4,6 +4,7 @@
 #![forbid(unsafe_code)]
 
 mod admin;
+mod affinity;
 mod cni;
 mod config;
 mod connection;
@@ -108,13 +109,7 @@ struct KernelFlags {
 
 impl KernelFlags {
     fn options(self) -> Options {
-        Options {
-            instance: self.instance,
-            bpffs: self.bpffs,
-            cgroup_root: None,
-            object: None,
-            debug_log: false,
-        }
+        Options { instance: self.instance, bpffs: self.bpffs, ..Options::default() }
     }
 }
 
@@ -151,9 +146,9 @@ fn run(settings: Settings) -> anyhow::Result<()> {
     let options = Options {
         instance: config.instance.clone(),
         bpffs: config.bpffs.clone(),
-        cgroup_root: None,
-        object: None,
+        pods_cgroup: config.pods_cgroup.clone(),
         debug_log: config.ebpf_log,
+        ..Options::default()
     };
     raise_descriptor_limit();
     let report = preflight::run(&options);

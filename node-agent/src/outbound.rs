@@ -1,14 +1,21 @@
 //! Connections that an enrolled pod opened: find out who is meant, then carry the bytes there, through a tunnel to
 //! whoever is enrolled, as they are to whoever is known not to be.
 
-use std::{fmt::Write, net::SocketAddr, pin::pin, rc::Rc, sync::Arc};
+use std::{
+    fmt::Write,
+    net::{IpAddr, SocketAddr},
+    pin::pin,
+    rc::Rc,
+    sync::Arc,
+};
 
 use rand::Rng;
 use tokio::net::TcpStream;
-use weft_core::{TUNNEL_PORT, Tunnel, Workload, mesh::Destination};
+use weft_core::{Caller, Mesh, Service, TUNNEL_PORT, Tunnel, Workload, mesh::Destination};
 use weft_transport::{ConnectRequest, Counters, Stream, TunnelKey, relay, relay_plain};
 
 use crate::{
+    affinity,
     connection::{Connection, Party, Refusal, carry},
     metrics::{Reporter, Security},
     pod::{Phase, PodHandle},
@@ -21,9 +28,9 @@ enum Route {
     Workload {
         workload: Arc<Workload>,
         to: SocketAddr,
-        service: Option<Arc<weft_core::Service>>,
+        service: Option<Arc<Service>>,
     },
-    /// Outside every range of the mesh.
+    /// To nobody of the mesh: where the application dialled.
     Outside,
 }
 
@@ -62,7 +69,7 @@ async fn open(
     connection: &mut Connection,
 ) -> Result<(Far, Option<Load>), Refusal> {
     wait_for_publication(worker, pod).await?;
-    let (workload, to) = match route(worker, connection.to).await? {
+    let (workload, to) = match route(worker, pod, connection.to).await? {
         Route::Outside => (None, connection.to),
         Route::Workload { workload, to, service } => {
             connection.service = service;
@@ -100,17 +107,11 @@ async fn wait_for_publication(worker: &Worker, pod: &PodHandle) -> Result<(), Re
 }
 
 /// Who answers at `to`, waiting for news while nobody has heard of it.
-async fn route(worker: &Rc<Worker>, to: SocketAddr) -> Result<Route, Refusal> {
-    let decide = |snapshot: &Snapshot| match snapshot.mesh.destination(to.ip()) {
+async fn route(worker: &Rc<Worker>, pod: &PodHandle, to: SocketAddr) -> Result<Route, Refusal> {
+    let decide = |snapshot: &Snapshot| match snapshot.mesh.destination(to) {
         Destination::Workload(workload) => Some(Ok(Route::Workload { workload, to, service: None })),
-        Destination::Service(service) => {
-            let load = worker.load.borrow();
-            let found = snapshot.mesh.endpoint(
-                &service,
-                to.port(),
-                |n| rand::rng().random_range(0..n),
-                |w| load.get(&w.uid).copied().unwrap_or(0),
-            );
+        Destination::Service { service, port } => {
+            let found = endpoint(worker, pod, &snapshot.mesh, &service, port, to.ip());
             let endpoint = found.and_then(|(w, port)| Some((w.address_like(to.ip())?, port, w)));
             Some(match endpoint {
                 Some((ip, port, workload)) => {
@@ -118,19 +119,45 @@ async fn route(worker: &Rc<Worker>, to: SocketAddr) -> Result<Route, Refusal> {
                 }
                 None => Err(Refusal::new(
                     "no_endpoint",
-                    format!("service {} has no healthy endpoint for port {}", service.key, to.port()),
+                    format!("service {} has no healthy endpoint for port {port}", service.key),
                 )),
             })
         }
         Destination::Conflict => {
-            Some(Err(Refusal::new("address_conflict", "two workloads or services claim the address")))
+            Some(Err(Refusal::new("address_conflict", "two workloads or services claim the address or port")))
         }
         Destination::Unknown if snapshot.in_range(to.ip()) => None,
-        Destination::Unknown => Some(Ok(Route::Outside)),
+        Destination::Unknown | Destination::Outside => Some(Ok(Route::Outside)),
     };
     worker.hold(decide).await.unwrap_or_else(|| {
         Err(Refusal::new("unknown_destination", "no workload or service at that address is known"))
     })
+}
+
+/// The endpoint of `service` that the pod is given, and its port there.
+fn endpoint(
+    worker: &Worker,
+    pod: &PodHandle,
+    mesh: &Mesh,
+    service: &Service,
+    port: u16,
+    dialled: IpAddr,
+) -> Option<(Arc<Workload>, u16)> {
+    let own = mesh.workload(&pod.uid).unwrap_or(&pod.workload);
+    let caller = Caller { node: &worker.shared.config.node, zone: &own.zone, dialled };
+    let Some(timeout) = service.affinity else {
+        let load = worker.load.borrow();
+        let load = |w: &Workload| load.get(&w.uid).copied().unwrap_or(0);
+        return mesh.endpoint(service, port, caller, |n| rand::rng().random_range(0..n), load);
+    };
+    let again = pod.affinity.endpoint(&service.key);
+    let again = again.and_then(|uid| mesh.endpoint_again(service, port, caller, &uid));
+    let found = again.or_else(|| {
+        let mut choice = affinity::first_choice(&pod.uid, &service.key);
+        mesh.endpoint(service, port, caller, |n| choice.random_range(0..n), |_| 0)
+    })?;
+    pod.affinity.keep(&service.key, found.0.uid.clone(), timeout);
+    Some(found)
 }
 
 async fn through_tunnel(

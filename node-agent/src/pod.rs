@@ -12,7 +12,7 @@ use tokio::sync::{Notify, Semaphore, watch};
 use weft_core::{SpiffeId, Workload};
 use weft_kernel::Pod;
 
-use crate::convert::NetnsHint;
+use crate::{affinity::Affinity, convert::NetnsHint};
 
 /// How far a pod's membership has come.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -37,6 +37,8 @@ pub struct PodHandle {
     /// What tunnels say about this pod as a source, in the form ztunnel reads.
     pub baggage: String,
     pub phase: watch::Sender<Phase>,
+    /// Which endpoints its connections go to again.
+    pub affinity: Affinity,
     /// One permit a connection, so that one pod cannot use up the agent.
     pub permits: Arc<Semaphore>,
     open: AtomicUsize,
@@ -57,6 +59,7 @@ impl PodHandle {
             hint,
             kernel,
             phase: watch::Sender::new(Phase::Hold),
+            affinity: Affinity::default(),
             permits: Arc::new(Semaphore::new(max_connections)),
             open: AtomicUsize::new(0),
             idle: Notify::new(),

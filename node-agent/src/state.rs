@@ -9,10 +9,9 @@ use std::{
     time::Duration,
 };
 
-use ipnet::IpNet;
 use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
-use weft_core::{AddressKind, Mesh};
+use weft_core::{AddressKind, Mesh, Target};
 use weft_kernel::{Kernel, Verdict};
 use weft_proto::type_url;
 use weft_xds::Update;
@@ -54,7 +53,8 @@ enum ApplyError {
 }
 
 /// Resource types in the order in which they are asked for: settings first, because reading the others needs them.
-pub const TYPES: [&str; 3] = [type_url::MESH_CONFIG, type_url::ADDRESS, type_url::LOCAL_WORKLOAD];
+pub const TYPES: [&str; 4] =
+    [type_url::MESH_CONFIG, type_url::NODE, type_url::ADDRESS, type_url::LOCAL_WORKLOAD];
 
 /// Before writing is tried again.
 const RETRY: Duration = Duration::from_secs(1);
@@ -111,7 +111,7 @@ impl Applier {
                     next.settings = Some(Arc::new(convert::mesh_settings(&resource.name, &resource.value)?));
                 }
                 if next.settings != self.current.settings {
-                    touched.extend(addresses(&next.mesh));
+                    touched.extend(next.mesh.targets());
                 }
             }
             type_url::ADDRESS => {
@@ -119,6 +119,12 @@ impl Applier {
                 let read = |r: &weft_xds::Resource| convert::entry(&r.name, &r.value, &settings.trust_domain);
                 let upserts = update.upserts.iter().map(read).collect::<Result<Vec<_>, _>>()?;
                 touched.extend(next.mesh.apply(upserts, update.removed.iter().map(|n| n.as_str().into())));
+            }
+            type_url::NODE => {
+                let read = |r: &weft_xds::Resource| convert::node(&r.name, &r.value);
+                let mut nodes = update.upserts.iter().map(read).collect::<Result<Vec<_>, _>>()?;
+                nodes.extend(update.removed.iter().map(|name| (name.as_str().into(), None)));
+                touched.extend(next.mesh.apply_nodes(nodes));
             }
             type_url::LOCAL_WORKLOAD => {
                 for resource in &update.upserts {
@@ -143,21 +149,14 @@ impl Applier {
     }
 }
 
-/// Every address that leads anywhere.
-fn addresses(mesh: &Mesh) -> Vec<IpAddr> {
-    let of = |entry: &weft_core::Entry| match entry {
-        weft_core::Entry::Workload(w) => w.addresses.clone(),
-        weft_core::Entry::Service(s) => s.addresses.clone(),
-    };
-    mesh.entries().flat_map(of).collect()
-}
-
 /// The kernel's maps and what this agent has put there.
 struct Maps {
     kernel: Arc<Kernel>,
-    capture: HashMap<IpNet, Verdict>,
+    capture: HashMap<weft_kernel::Target, Verdict>,
     refused: HashSet<IpAddr>,
-    ranges: Option<Arc<MeshSettings>>,
+    settings: Option<Arc<MeshSettings>>,
+    /// The entries that follow from the settings alone.
+    ranges: HashMap<weft_kernel::Target, Verdict>,
 }
 
 impl Maps {
@@ -175,36 +174,49 @@ impl Maps {
             kernel,
             capture: capture.into_iter().collect(),
             refused: refused.into_iter().collect(),
-            ranges: None,
+            settings: None,
+            ranges: HashMap::new(),
         }
     }
 
-    /// Brings the maps in line with `next` for the `touched` addresses. A failure leaves entries of both states, which
+    /// Brings the maps in line with `next` for what was `touched`. A failure leaves entries of both states, which
     /// the next attempt repairs; refusals are added first, so in between nothing is let through that should not be.
-    fn program(&mut self, next: &Snapshot, touched: Vec<IpAddr>) -> Result<(), weft_kernel::Error> {
-        if next.settings != self.ranges {
-            let old = self.ranges.as_deref().map(ranges).unwrap_or_default();
+    fn program(&mut self, next: &Snapshot, touched: Vec<Target>) -> Result<(), weft_kernel::Error> {
+        if next.settings != self.settings {
             let new = next.settings.as_deref().map(ranges).unwrap_or_default();
-            for (net, verdict) in &new {
-                self.set(*net, *verdict)?;
+            for (range, verdict) in &new {
+                self.set(*range, *verdict)?;
             }
-            for net in old.keys().filter(|net| !new.contains_key(net)) {
-                self.clear(*net)?;
+            let gone: Vec<_> = self.ranges.keys().filter(|range| !new.contains_key(range)).copied().collect();
+            for range in gone {
+                self.forget(range)?;
             }
-            self.ranges = next.settings.clone();
+            self.ranges = new;
+            self.settings = next.settings.clone();
         }
-        for &ip in touched.iter().filter(|ip| is_refused(next, **ip)) {
+        let addresses = || {
+            let address = |target: &Target| if let Target::Address(ip) = target { Some(*ip) } else { None };
+            touched.iter().filter_map(address)
+        };
+        for ip in addresses().filter(|ip| is_refused(next, *ip)) {
             if self.refused.insert(ip) {
                 self.kernel.refuse_source(ip)?;
             }
         }
-        for &ip in &touched {
-            match verdict(next, ip) {
-                Some(verdict) => self.set(ip.into(), verdict)?,
-                None => self.clear(ip.into())?,
+        let mut verdicts: Vec<_> = touched.iter().map(|target| (*target, verdict(next, *target))).collect();
+        // Ports are captured before their address is captured by port only, and let go after that.
+        verdicts.sort_by_key(|(target, verdict)| match (target, verdict) {
+            (Target::Port(_) | Target::NodePort(_), Some(_)) => 0,
+            (Target::Address(_), _) => 1,
+            (Target::Port(_) | Target::NodePort(_), None) => 2,
+        });
+        for (target, verdict) in verdicts {
+            match verdict {
+                Some(verdict) => self.set(entry(target), verdict)?,
+                None => self.clear(entry(target))?,
             }
         }
-        for &ip in touched.iter().filter(|ip| !is_refused(next, **ip)) {
+        for ip in addresses().filter(|ip| !is_refused(next, *ip)) {
             if self.refused.remove(&ip) {
                 self.kernel.allow_source(ip)?;
             }
@@ -214,15 +226,11 @@ impl Maps {
 
     /// Removes what a predecessor left and nobody wants any more.
     fn forget_unwanted(&mut self, next: &Snapshot) -> Result<(), weft_kernel::Error> {
-        let mut wanted = next.settings.as_deref().map(ranges).unwrap_or_default();
-        for ip in addresses(&next.mesh) {
-            if let Some(verdict) = verdict(next, ip) {
-                wanted.insert(ip.into(), verdict);
-            }
-        }
-        let stale: Vec<_> = self.capture.keys().filter(|net| !wanted.contains_key(net)).copied().collect();
-        for net in stale {
-            self.clear(net)?;
+        let wanted = next.mesh.targets().filter(|target| verdict(next, *target).is_some());
+        let wanted: HashSet<_> = wanted.map(entry).collect();
+        let stale: Vec<_> = self.capture.keys().filter(|target| !wanted.contains(target)).copied().collect();
+        for target in stale {
+            self.clear(target)?;
         }
         let stale: Vec<_> = self.refused.iter().filter(|ip| !is_refused(next, **ip)).copied().collect();
         for ip in stale {
@@ -232,34 +240,54 @@ impl Maps {
         Ok(())
     }
 
-    fn set(&mut self, net: IpNet, verdict: Verdict) -> Result<(), weft_kernel::Error> {
-        if self.capture.get(&net) != Some(&verdict) {
-            self.kernel.set_capture(net, verdict)?;
-            self.capture.insert(net, verdict);
+    fn set(&mut self, target: weft_kernel::Target, verdict: Verdict) -> Result<(), weft_kernel::Error> {
+        if self.capture.get(&target) != Some(&verdict) {
+            self.kernel.set_capture(target, verdict)?;
+            self.capture.insert(target, verdict);
         }
         Ok(())
     }
 
-    fn clear(&mut self, net: IpNet) -> Result<(), weft_kernel::Error> {
-        if self.capture.contains_key(&net)
-            && !self.ranges.as_deref().is_some_and(|r| ranges(r).contains_key(&net))
-        {
-            self.kernel.clear_capture(net)?;
-            self.capture.remove(&net);
+    /// Takes back what was set for `target`, down to what the settings say of it.
+    fn clear(&mut self, target: weft_kernel::Target) -> Result<(), weft_kernel::Error> {
+        if let Some(verdict) = self.ranges.get(&target) {
+            return self.set(target, *verdict);
+        }
+        self.forget(target)
+    }
+
+    fn forget(&mut self, target: weft_kernel::Target) -> Result<(), weft_kernel::Error> {
+        if self.capture.contains_key(&target) {
+            self.kernel.clear_capture(target)?;
+            self.capture.remove(&target);
         }
         Ok(())
     }
 }
 
 /// The entries that hold for whole ranges.
-fn ranges(settings: &MeshSettings) -> HashMap<IpNet, Verdict> {
-    let captured = settings.captured.iter().map(|n| (n.trunc(), Verdict::Capture));
-    captured.chain(settings.external.iter().map(|n| (n.trunc(), Verdict::Exempt))).collect()
+fn ranges(settings: &MeshSettings) -> HashMap<weft_kernel::Target, Verdict> {
+    let captured = settings.captured.iter().map(|n| (n.trunc().into(), Verdict::Capture));
+    captured.chain(settings.external.iter().map(|n| (n.trunc().into(), Verdict::Exempt))).collect()
 }
 
-/// The entry that `ip` needs of its own, beside those of its range.
-fn verdict(next: &Snapshot, ip: IpAddr) -> Option<Verdict> {
+fn entry(target: Target) -> weft_kernel::Target {
+    match target {
+        Target::Address(ip) => ip.into(),
+        Target::Port(at) => weft_kernel::Target::Port(at),
+        Target::NodePort(port) => weft_kernel::Target::NodePort(port),
+    }
+}
+
+/// The entry that `target` needs of its own, beside those of its range.
+fn verdict(next: &Snapshot, target: Target) -> Option<Verdict> {
+    let Target::Address(ip) = target else {
+        return next.mesh.is_meshed(target).then_some(Verdict::Capture);
+    };
     match (next.mesh.kind(ip), next.in_range(ip)) {
+        // Whatever the ranges say, since only ports count.
+        (AddressKind::Node, _) => Some(Verdict::Node),
+        (AddressKind::External, _) => Some(Verdict::ByPort),
         (AddressKind::Unmeshed, true) => Some(Verdict::LetGo),
         // Enrolled, but outside every captured range or in an exempt one: nothing in the clear, whatever the ranges say.
         (AddressKind::Meshed | AddressKind::Enrolled, false) => Some(Verdict::Capture),

@@ -6,12 +6,13 @@ use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use serde_json::{Value, json};
 
 use crate::agent::{Agent, ENROLL_TIMEOUT, wait_enrolled};
 use crate::bed::Bed;
 use crate::capture::Capture;
 use crate::control::{Controller, Source};
-use crate::manifest::{Directory, Labels, MESH_LABEL, PodManifest, ServiceManifest};
+use crate::manifest::{Directory, Endpoint, Frontends, Labels, MESH_LABEL, PodManifest, ServiceManifest};
 use crate::place::Place;
 use crate::pod::{Pod, Service};
 use crate::poll::until;
@@ -230,8 +231,18 @@ impl Cluster {
 
     /// Adds a Service in front of pods of one namespace.
     pub fn service(&self, name: &str, port: u16, target_port: u16, pods: &[&Pod]) -> Result<Service> {
-        let (namespace, name) =
-            name.split_once('/').with_context(|| format!("{name} is not NAMESPACE/NAME"))?;
+        self.service_at(name, port, target_port, pods, Frontends::default())
+    }
+
+    /// As `service`, reached in other ways as well.
+    pub fn service_at(
+        &self,
+        name: &str,
+        port: u16,
+        target_port: u16,
+        pods: &[&Pod],
+        frontends: Frontends,
+    ) -> Result<Service> {
         let number = {
             let mut objects = self.objects();
             objects.services += 1;
@@ -241,17 +252,50 @@ impl Cluster {
             v4: Ipv4Addr::new(10, 96, 0, number),
             v6: Ipv6Addr::new(0xfd00, 0x10, 0x96, 0, 0, 0, 0, number.into()),
             port,
+            target_port,
+        };
+        let ready: Vec<_> = pods.iter().map(|pod| (*pod, json!({"ready": true}))).collect();
+        self.write_service(name, service, json!({}), &ready, frontends)?;
+        Ok(service)
+    }
+
+    /// Writes a Service anew: with these fields in its spec, and these pods behind it, each with its conditions.
+    pub fn change_service(
+        &self,
+        name: &str,
+        service: Service,
+        spec: Value,
+        endpoints: &[(&Pod, Value)],
+    ) -> Result<()> {
+        self.write_service(name, service, spec, endpoints, Frontends::default())
+    }
+
+    fn write_service(
+        &self,
+        name: &str,
+        service: Service,
+        spec: Value,
+        endpoints: &[(&Pod, Value)],
+        frontends: Frontends,
+    ) -> Result<()> {
+        let (namespace, name) =
+            name.split_once('/').with_context(|| format!("{name} is not NAMESPACE/NAME"))?;
+        let endpoint = |(pod, conditions): &(&Pod, Value)| Endpoint {
+            pod: pod.name.clone(),
+            addresses: pod.addresses(),
+            conditions: conditions.clone(),
         };
         self.directory.service(&ServiceManifest {
             namespace: namespace.to_owned(),
             name: name.to_owned(),
             v4: service.v4,
             v6: service.v6,
-            port,
-            target_port,
-            endpoints: pods.iter().map(|pod| (pod.name.clone(), pod.addresses())).collect(),
-        })?;
-        Ok(service)
+            port: service.port,
+            target_port: service.target_port,
+            spec,
+            endpoints: endpoints.iter().map(endpoint).collect(),
+            frontends,
+        })
     }
 
     /// Adds a machine on the wire outside the mesh's ranges.

@@ -3,15 +3,17 @@
 
 use std::io::Write as _;
 use std::net::SocketAddr;
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Parser, ValueEnum};
 use nix::unistd::{Gid, Uid, setgid, setgroups, setuid};
 
+use crate::kubernetes::NodeCgroups;
 use crate::place::Place;
 use crate::process::run_bounded;
-use crate::sockets::Dial;
+use crate::sockets::{Dial, canonical};
 
 /// First argument that makes a program of this package a helper. Not for people.
 const SUBCOMMAND: &str = "bed-helper";
@@ -40,6 +42,14 @@ struct Arguments {
     device: Option<String>,
     #[arg(long)]
     fast_open: bool,
+    #[arg(long)]
+    v4_mapped: bool,
+    #[arg(long)]
+    mptcp: bool,
+    #[arg(long)]
+    after: Option<SocketAddr>,
+    #[arg(long)]
+    show_peer: bool,
     /// Sent after the connect.
     #[arg(long)]
     payload: String,
@@ -95,9 +105,43 @@ impl Attempt {
         self
     }
 
+    /// Dials an IPv4 address from an IPv6 socket.
+    pub fn v4_mapped(mut self) -> Attempt {
+        self.arguments.push("--v4-mapped".to_owned());
+        self
+    }
+
+    /// Uses Multipath TCP.
+    pub fn mptcp(mut self) -> Attempt {
+        self.arguments.push("--mptcp".to_owned());
+        self
+    }
+
+    /// Connects the same socket to `first` before, and dissolves that.
+    pub fn after(mut self, first: SocketAddr) -> Attempt {
+        self.arguments.extend(["--after".to_owned(), first.to_string()]);
+        self
+    }
+
+    /// Puts getpeername() and a space before what the server said.
+    pub fn show_peer(mut self) -> Attempt {
+        self.arguments.push("--show-peer".to_owned());
+        self
+    }
+
     /// Runs it in `place`.
     pub fn run(&self, place: &Place) -> Result<Outcome> {
+        self.outcome(place.command("/proc/self/exe", [SUBCOMMAND]))
+    }
+
+    /// Runs it in `place`, as a process of a pod with these cgroups.
+    pub fn run_in(&self, place: &Place, pod: &NodeCgroups) -> Result<Outcome> {
         let mut command = place.command("/proc/self/exe", [SUBCOMMAND]);
+        pod.enter_before(&mut command);
+        self.outcome(command)
+    }
+
+    fn outcome(&self, mut command: Command) -> Result<Outcome> {
         command.args(&self.arguments);
         let output = run_bounded(command, Duration::from_secs(30))?;
         let text = String::from_utf8_lossy(&output.stdout).trim().to_owned();
@@ -138,6 +182,15 @@ fn attempt(arguments: &Arguments) -> Result<Outcome> {
     if let Some(device) = &arguments.device {
         dial = dial.device(device);
     }
+    if let Some(first) = arguments.after {
+        dial = dial.after(first);
+    }
+    if arguments.v4_mapped {
+        dial = dial.v4_mapped();
+    }
+    if arguments.mptcp {
+        dial = dial.mptcp();
+    }
     let line = format!("{}\n", arguments.payload);
     if arguments.fast_open {
         dial = dial.fast_open(line.as_bytes());
@@ -151,7 +204,11 @@ fn attempt(arguments: &Arguments) -> Result<Outcome> {
         if !arguments.fast_open {
             stream.write_all(line.as_bytes())?;
         }
-        crate::sockets::read_line(&mut stream)
+        let answer = crate::sockets::read_line(&mut stream)?;
+        if !arguments.show_peer {
+            return Ok(answer);
+        }
+        Ok(format!("{} {answer}", canonical(stream.peer_addr()?)))
     };
     Ok(match exchange() {
         Ok(answer) => Outcome::Answered(answer),

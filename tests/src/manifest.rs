@@ -36,8 +36,28 @@ pub struct ServiceManifest {
     pub v6: Ipv6Addr,
     pub port: u16,
     pub target_port: u16,
-    /// Name and addresses of each pod behind it.
-    pub endpoints: Vec<(String, [IpAddr; 2])>,
+    /// What else its spec says, as fields of an object.
+    pub spec: Value,
+    pub endpoints: Vec<Endpoint>,
+    pub frontends: Frontends,
+}
+
+/// A pod behind a Service.
+#[derive(Clone, Debug)]
+pub struct Endpoint {
+    pub pod: String,
+    pub addresses: [IpAddr; 2],
+    /// Conditions, as an EndpointSlice has them.
+    pub conditions: Value,
+}
+
+/// Where a Service is reached beside its cluster addresses.
+#[derive(Clone, Debug, Default)]
+pub struct Frontends {
+    pub node_port: Option<u16>,
+    pub external_ips: Vec<IpAddr>,
+    /// Of its load balancer.
+    pub ingress: Vec<IpAddr>,
 }
 
 /// A directory of manifests.
@@ -122,29 +142,64 @@ impl Directory {
         self.write_documents(&Self::pod_file(&pod.namespace, &pod.name), &[document])
     }
 
+    /// Writes a Node with these addresses of its own.
+    pub fn node(&self, name: &str, addresses: &[IpAddr]) -> Result<()> {
+        let addresses: Vec<_> =
+            addresses.iter().map(|ip| json!({"type": "InternalIP", "address": ip})).collect();
+        self.write_node(name, json!({"metadata": {"name": name}, "status": {"addresses": addresses}}))
+    }
+
+    /// Writes a Node that is in `zone`.
+    pub fn node_in(&self, name: &str, zone: &str) -> Result<()> {
+        let labels = json!({"topology.kubernetes.io/zone": zone});
+        self.write_node(name, json!({"metadata": {"name": name, "labels": labels}}))
+    }
+
+    fn write_node(&self, name: &str, mut document: Value) -> Result<()> {
+        document["apiVersion"] = json!("v1");
+        document["kind"] = json!("Node");
+        self.write_documents(&format!("node-{name}.yaml"), &[document])
+    }
+
     /// Writes a Service and one EndpointSlice for each address family.
     pub fn service(&self, service: &ServiceManifest) -> Result<()> {
-        let mut documents = vec![json!({
+        let Frontends { node_port, external_ips, ingress } = &service.frontends;
+        let ingress: Vec<_> = ingress.iter().map(|ip| json!({"ip": ip, "ipMode": "VIP"})).collect();
+        let kind = match (ingress.is_empty(), node_port) {
+            (false, _) => "LoadBalancer",
+            (true, Some(_)) => "NodePort",
+            (true, None) => "ClusterIP",
+        };
+        let mut document = json!({
             "apiVersion": "v1",
             "kind": "Service",
             "metadata": {"name": service.name, "namespace": service.namespace},
             "spec": {
-                "type": "ClusterIP",
+                "type": kind,
                 "clusterIP": service.v4,
                 "clusterIPs": [service.v4.to_string(), service.v6.to_string()],
                 "ipFamilies": ["IPv4", "IPv6"],
-                "ports": [{"name": "main", "port": service.port, "targetPort": service.target_port, "protocol": "TCP"}],
+                "externalIPs": external_ips,
+                "ports": [{
+                    "name": "main", "port": service.port, "targetPort": service.target_port, "protocol": "TCP",
+                    "nodePort": node_port,
+                }],
             },
-        })];
+            "status": {"loadBalancer": {"ingress": ingress}},
+        });
+        for (field, value) in service.spec.as_object().into_iter().flatten() {
+            document["spec"][field] = value.clone();
+        }
+        let mut documents = vec![document];
         for (family, at) in [("IPv4", 0), ("IPv6", 1)] {
             let endpoints: Vec<_> = service
                 .endpoints
                 .iter()
-                .map(|(pod, addresses)| {
+                .map(|endpoint| {
                     json!({
-                        "addresses": [addresses[at]],
-                        "conditions": {"ready": true},
-                        "targetRef": {"kind": "Pod", "name": pod, "namespace": service.namespace},
+                        "addresses": [endpoint.addresses[at]],
+                        "conditions": endpoint.conditions,
+                        "targetRef": {"kind": "Pod", "name": endpoint.pod, "namespace": service.namespace},
                     })
                 })
                 .collect();

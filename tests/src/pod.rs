@@ -50,6 +50,7 @@ pub struct Service {
     pub v4: Ipv4Addr,
     pub v6: Ipv6Addr,
     pub port: u16,
+    pub target_port: u16,
 }
 
 impl Service {

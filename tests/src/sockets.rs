@@ -24,6 +24,7 @@ pub struct Dial {
     mptcp: bool,
     v4_mapped: bool,
     fast_open: Option<Vec<u8>>,
+    first: Option<SocketAddr>,
     timeout: Duration,
 }
 
@@ -38,6 +39,7 @@ impl Dial {
             mptcp: false,
             v4_mapped: false,
             fast_open: None,
+            first: None,
             timeout: Duration::from_secs(10),
         }
     }
@@ -78,6 +80,12 @@ impl Dial {
         self
     }
 
+    /// Connects the same socket to another address first, of the same family, and dissolves that, however it went.
+    pub fn after(mut self, first: SocketAddr) -> Dial {
+        self.first = Some(first);
+        self
+    }
+
     /// Gives up after `timeout`.
     pub fn timeout(mut self, timeout: Duration) -> Dial {
         self.timeout = timeout;
@@ -103,6 +111,10 @@ impl Dial {
         if let Some(from) = self.bind {
             socket.bind(&from.into())?;
         }
+        if let Some(first) = self.first {
+            let _ = socket.connect_timeout(&first.into(), self.timeout);
+            dissolve(&socket)?;
+        }
         match &self.fast_open {
             Some(data) => fast_open(&socket, to, data, self.timeout)?,
             None => socket.connect_timeout(&to.into(), self.timeout)?,
@@ -111,6 +123,14 @@ impl Dial {
         socket.set_write_timeout(Some(IO_TIMEOUT))?;
         Ok(socket.into())
     }
+}
+
+/// connect(AF_UNSPEC): the socket is as if it had never been connected.
+fn dissolve(socket: &Socket) -> io::Result<()> {
+    let nowhere = libc::sockaddr { sa_family: libc::AF_UNSPEC as u16, sa_data: [0; 14] };
+    // SAFETY: the address outlives the call and its size is given.
+    let done = unsafe { libc::connect(socket.as_raw_fd(), &raw const nowhere, size_of_val(&nowhere) as u32) };
+    if done < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
 /// sendto(MSG_FASTOPEN): a blocking connect with data, bounded by the socket's send timeout.

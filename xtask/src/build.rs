@@ -1,7 +1,7 @@
 //! Building the workspace's programs, and `demo` and the benches, which are some of them.
 
 use std::env;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -86,6 +86,9 @@ struct ControlBenchArguments {
     output: String,
 }
 
+/// The CNI plugin: its package, and its program.
+const PLUGIN: &str = "weft-cni";
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Profile {
     Development,
@@ -110,13 +113,49 @@ pub fn cargo(arguments: &[&str]) -> Result<Command> {
 pub fn programs(profile: Profile) -> Result<PathBuf> {
     // Always the whole workspace: cargo unites features over what is built together, so building one package alone
     // would build its dependencies again.
-    let mut command = cargo(&["build", "--workspace", "--exclude", "xtask", "--target-dir"])?;
-    command.arg(tree::target()?);
-    if profile == Profile::Release {
-        command.arg("--release");
-    }
+    let mut command = cargo(&["build", "--workspace", "--exclude", "xtask"])?;
+    let dir = place(&mut command, profile)?;
     run::pass(&mut command, "building the programs")?;
-    Ok(tree::target()?.join(if profile == Profile::Release { "release" } else { "debug" }))
+    Ok(dir)
+}
+
+/// Builds the CNI plugin as nodes get it, linked to no library: the agent copies it to nodes whose C library is another
+/// one, or older, or none. Returns its path, which is also that of the plugin as [`programs`] builds it.
+pub fn static_plugin(profile: Profile) -> Result<PathBuf> {
+    let mut command = cargo(&["rustc", "--package", PLUGIN, "--bin", PLUGIN])?;
+    let dir = place(&mut command, profile)?;
+    // For this one program: libraries and what runs at build time are as ever.
+    command.args(["--", "-C", "target-feature=+crt-static"]);
+    run::pass(&mut command, "building the CNI plugin")?;
+    Ok(dir.join(PLUGIN))
+}
+
+/// Has `command` build with that profile into the target directory, and returns where programs will be.
+fn place(command: &mut Command, profile: Profile) -> Result<PathBuf> {
+    let target = tree::target()?;
+    command.arg("--target-dir").arg(&target);
+    match profile {
+        Profile::Development => Ok(target.join("debug")),
+        Profile::Release => {
+            command.arg("--release").env("CARGO_ENCODED_RUSTFLAGS", release_flags()?);
+            Ok(target.join("release"))
+        }
+    }
+}
+
+/// Compiler flags of every release build, in cargo's encoding: the user's, and such that a program says nothing of where
+/// it was built, so that it is the same from every clone. (Cargo leaves flags with such a mapping out of the hashes in
+/// the names of its files and symbols, so that these are the same, too.)
+fn release_flags() -> Result<OsString> {
+    const SEPARATOR: &str = "\x1f";
+    let mut flags = match env::var_os("CARGO_ENCODED_RUSTFLAGS") {
+        Some(flags) => vec![flags],
+        None => {
+            env::var("RUSTFLAGS").iter().flat_map(|flags| flags.split_whitespace()).map(Into::into).collect()
+        }
+    };
+    flags.extend(tree::remapped_paths()?);
+    Ok(flags.join(OsStr::new(SEPARATOR)))
 }
 
 /// A command that runs a program as root.
@@ -181,6 +220,7 @@ fn control_bench() -> Result<PathBuf> {
         ["bench", "--workspace", "--exclude", "xtask", "--bench", "scale", "--no-run", "--target-dir"];
     let mut command = cargo(&build)?;
     command.arg(tree::target()?).arg("--message-format=json-render-diagnostics");
+    command.env("CARGO_ENCODED_RUSTFLAGS", release_flags()?);
     let messages = run::output(&mut command, "building the controller and its bench")?;
     let messages = messages.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
     let path = messages

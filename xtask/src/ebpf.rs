@@ -5,7 +5,7 @@
 //! and would be rebuilt, with everything above it, by a mere change of its date.
 
 use std::env;
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs;
 use std::path::PathBuf;
 use std::process::Command;
@@ -39,11 +39,13 @@ pub fn build() -> Result<()> {
     say::step(&format!("Kernel programs, with {}", compiler.name));
     let workspace = tree::root()?.join("ebpf");
     let own_target = workspace.join("target");
-    let flags = [
-        format!("--cfg=bpf_target_arch=\"{}\"", env::consts::ARCH),
+    let mut flags: Vec<OsString> = vec![
+        format!("--cfg=bpf_target_arch=\"{}\"", env::consts::ARCH).into(),
         "-Cdebuginfo=2".into(),
         "-Clink-arg=--btf".into(),
     ];
+    // The kernel's type information names the source of every line.
+    flags.extend(tree::remapped_paths()?);
     let mut command = Command::new(&compiler.cargo);
     for (name, _) in env::vars_os() {
         if is_for_the_other_compiler(&name.to_string_lossy()) {
@@ -69,7 +71,7 @@ pub fn build() -> Result<()> {
         .env("RUSTC", &compiler.rustc)
         .env("RUSTC_BOOTSTRAP", "1")
         .env("CARGO_RESOLVER_INCOMPATIBLE_RUST_VERSIONS", "fallback")
-        .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
+        .env("CARGO_ENCODED_RUSTFLAGS", flags.join(OsStr::new("\x1f")));
     run::pass(&mut command, "building the kernel programs")?;
 
     let (object, changed) = publish(own_target.join("bpfel-unknown-none/release/weft"))?;

@@ -1,25 +1,27 @@
-//! `cargo xtask images`: OCI images without a container engine. One layer each: a program, the shared libraries it is
-//! linked to, and nothing else: no shell. Equal files make equal images.
+//! `cargo xtask images`: container images without a container engine, and the images of the tests' clusters. An image has its
+//! programs, the shared libraries that they are linked to, and nothing else: no shell. What an image is as a file is oci.rs's
+//! business.
 
-use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use anyhow::{Context, Result, bail, ensure};
-use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
+use tempfile::NamedTempFile;
 
 use crate::build::{self, Profile};
+use crate::oci::Image;
 use crate::packages::Purpose;
 use crate::tree::{self, find_program};
-use crate::{ebpf, say, setup};
+use crate::{ebpf, elf, say, setup};
 
 /// Make container images of the agent and the controller, without a container engine
 #[derive(clap::Args)]
 #[command(
     long_about = "Make container images of the agent and the controller, without a container engine, in target/images. \
-        Load them on a node with `ctr -n k8s.io images import FILE`, or push them with a tool of yours.",
+        Load them on a node with `ctr -n k8s.io images import FILE`, or push them with a tool of yours.\n\n\
+        The same commit, built by the same compilers and beside the same libraries, makes the same images, byte by byte, \
+        wherever the checkout is.",
     after_help = "Examples:\n  cargo xtask images\n  cargo xtask images --repository example.org/weft --tag 0.1.0"
 )]
 pub struct Arguments {
@@ -36,67 +38,109 @@ pub fn main(arguments: &Arguments) -> Result<()> {
     ebpf::build()?;
     say::step("Agent and controller, in release mode");
     let programs = build::programs(Profile::Release)?;
+    // After the others: it takes the place of the plugin that is linked to libraries.
+    let plugin = build::static_plugin(Profile::Release)?;
     let dir = tree::target()?.join("images");
-    for path in product(&programs, &dir, &arguments.repository, &arguments.tag)? {
+    for path in ours(&programs, &plugin, &dir, &arguments.repository, &arguments.tag)? {
         let size = fs::metadata(&path)?.len() >> 20;
         say::success(&format!("{} ({size} MB)", path.display()));
     }
     Ok(())
 }
 
-/// The images that the tests' clusters get: ours as developed, and a busybox that stands for applications.
+/// The images that the tests' clusters get: ours as developed, and programs of Debian's that stand for applications.
 pub fn for_tests(programs: &Path) -> Result<()> {
     let dir = tree::target()?.join("test-images");
-    product(programs, &dir, "localhost", "dev")?;
-    let busybox = find_program("busybox").context("busybox is not installed (Debian: busybox-static)")?;
-    let applets = Command::new(&busybox).arg("--list").output().context("busybox --list")?;
-    let mut image = Image { user: "", entrypoint: Vec::new(), entries: BTreeMap::new() };
-    image.add("bin/busybox", fs::read(&busybox)?);
-    for applet in String::from_utf8(applets.stdout)?.split_whitespace().filter(|applet| *applet != "busybox")
-    {
-        image.entries.insert(format!("bin/{applet}"), Entry::Link("/bin/busybox".to_owned()));
-    }
-    image.write(&dir.join("busybox.tar"), "localhost/busybox:test")?;
+    ours(programs, &build::static_plugin(Profile::Development)?, &dir, "localhost", "dev")?;
+
+    let mut busybox = Image::new("", &[]);
+    add_busybox(&mut busybox)?;
+    busybox.write(&dir.join("busybox.tar"), "localhost/busybox:test")?;
+
     // The container that holds a pod's namespaces only has to stay.
-    let mut pause = Image {
-        user: "",
-        entrypoint: vec!["/bin/busybox".into(), "sleep".into(), "2147483647".into()],
-        entries: BTreeMap::new(),
-    };
-    pause.add("bin/busybox", fs::read(&busybox)?);
-    pause.write(&dir.join("pause.tar"), "localhost/pause:test").map(drop)
+    let mut pause = Image::new("", &["/bin/busybox", "sleep", "2147483647"]);
+    pause.file("bin/busybox", fs::read(installed("busybox")?)?);
+    pause.write(&dir.join("pause.tar"), "localhost/pause:test")?;
+
+    let mut nginx = Image::new("", &["/usr/sbin/nginx"]);
+    add_program(&mut nginx, "/usr/sbin/nginx", &installed("nginx")?)?;
+    // nginx looks up the user for its workers.
+    nginx.file("etc/passwd", b"root:x:0:0::/:\nnobody:x:65534:65534::/:\n".to_vec());
+    nginx.file("etc/group", b"root:x:0:\nnogroup:x:65534:\n".to_vec());
+    nginx.write(&dir.join("nginx.tar"), "localhost/nginx:test")?;
+
+    let mut curl = Image::new("", &[]);
+    add_busybox(&mut curl)?;
+    add_program(&mut curl, "/usr/bin/curl", &installed("curl")?)?;
+    curl.write(&dir.join("curl.tar"), "localhost/curl:test").map(drop)
 }
 
-fn product(programs: &Path, dir: &Path, repository: &str, tag: &str) -> Result<Vec<PathBuf>> {
+/// Agent, plugin and controller.
+fn ours(programs: &Path, plugin: &Path, dir: &Path, repository: &str, tag: &str) -> Result<Vec<PathBuf>> {
+    let mut agent = Image::new("", &["/weft-agent"]);
+    add_program(&mut agent, "/weft-agent", &programs.join("weft-agent"))?;
+    add_plugin(&mut agent, "/weft-cni", plugin)?;
     // Not root where nothing needs it.
-    [("weft-agent", "", &["weft-agent", "weft-cni"][..]), ("weft-control", "65532:65532", &["weft-control"])]
+    let mut control = Image::new("65532:65532", &["/weft-control"]);
+    add_program(&mut control, "/weft-control", &programs.join("weft-control"))?;
+    [("weft-agent", agent), ("weft-control", control)]
         .into_iter()
-        .map(|(name, user, contents)| {
-            let mut image = Image { user, entrypoint: vec![format!("/{name}")], entries: BTreeMap::new() };
-            for program in contents {
-                let path = programs.join(program);
-                image.add(program, stripped(&path)?);
-                for library in libraries(&path)? {
-                    image.add(
-                        library.trim_start_matches('/'),
-                        fs::read(&library).with_context(|| library.clone())?,
-                    );
-                }
-            }
+        .map(|(name, image)| {
             image.write(&dir.join(format!("{name}.tar")), &format!("{repository}/{name}:{tag}"))
         })
         .collect()
 }
 
-/// The program without what only a debugger needs.
+/// A program that the agent copies to nodes, where other libraries may be.
+fn add_plugin(image: &mut Image, path: &str, program: &Path) -> Result<()> {
+    let bytes = stripped(program)?;
+    let needed = elf::needed(&bytes).with_context(|| program.display().to_string())?;
+    ensure!(
+        needed.is_empty(),
+        "{} needs {} of the node it is copied to",
+        program.display(),
+        needed.join(", ")
+    );
+    image.file(path, bytes);
+    Ok(())
+}
+
+/// A program with every library that it is linked to, at the paths where its loader will look for them.
+fn add_program(image: &mut Image, path: &str, program: &Path) -> Result<()> {
+    image.file(path, stripped(program)?);
+    for library in libraries(program)? {
+        image.file(&library, fs::read(&library).with_context(|| library.clone())?);
+    }
+    Ok(())
+}
+
+/// A shell and its tools.
+fn add_busybox(image: &mut Image) -> Result<()> {
+    let program = installed("busybox")?;
+    let applets = Command::new(&program).arg("--list").output().context("busybox --list")?;
+    image.file("bin/busybox", fs::read(&program)?);
+    for applet in String::from_utf8(applets.stdout)?.split_whitespace().filter(|applet| *applet != "busybox")
+    {
+        image.link(&format!("bin/{applet}"), "/bin/busybox");
+    }
+    Ok(())
+}
+
+fn installed(program: &str) -> Result<PathBuf> {
+    find_program(program).with_context(|| format!("{program} is not installed: cargo xtask setup"))
+}
+
+/// The program without what only a debugger needs, and without the hash over that.
 fn stripped(program: &Path) -> Result<Vec<u8>> {
-    let to = program.with_extension("stripped");
-    let status = Command::new("strip").arg("--strip-debug").arg("-o").arg(&to).arg(program).status();
-    let status = status.context("strip (Debian: binutils)")?;
+    let scratch = NamedTempFile::new().context("a temporary file")?;
+    let mut command = Command::new("strip");
+    command
+        .args(["--strip-debug", "--remove-section=.note.gnu.build-id", "-o"])
+        .arg(scratch.path())
+        .arg(program);
+    let status = command.status().context("strip (Debian: binutils)")?;
     ensure!(status.success(), "strip {} failed", program.display());
-    let bytes = fs::read(&to)?;
-    fs::remove_file(&to)?;
-    Ok(bytes)
+    fs::read(scratch.path()).context("what strip wrote")
 }
 
 /// Every shared library that the loader would open for `program`, the loader included.
@@ -117,117 +161,18 @@ fn paths_in(ldd: &str) -> Vec<String> {
         .collect()
 }
 
-enum Entry {
-    File(Vec<u8>),
-    Link(String),
-}
-
-/// An image of one layer.
-struct Image<'a> {
-    user: &'a str,
-    entrypoint: Vec<String>,
-    /// By path without the leading slash.
-    entries: BTreeMap<String, Entry>,
-}
-
-impl Image<'_> {
-    fn add(&mut self, path: &str, content: Vec<u8>) {
-        self.entries.insert(path.to_owned(), Entry::File(content));
-    }
-
-    /// Writes an OCI image layout as a tar archive, as `ctr images import` takes it. See the image-spec's
-    /// image-layout.md and config.md.
-    fn write(&self, to: &Path, name: &str) -> Result<PathBuf> {
-        const OCI: &str = "application/vnd.oci.image.";
-        let mut blobs = BTreeMap::new();
-        let layer = self.layer()?;
-        let layer = blob(&mut blobs, layer, &format!("{OCI}layer.v1.tar"));
-        let architecture = if cfg!(target_arch = "x86_64") { "amd64" } else { "arm64" };
-        let config = json!({
-            "architecture": architecture,
-            "os": "linux",
-            "config": {
-                "User": self.user,
-                "Entrypoint": self.entrypoint,
-                "Env": ["PATH=/usr/sbin:/usr/bin:/sbin:/bin"],
-            },
-            "rootfs": {"type": "layers", "diff_ids": [layer["digest"]]},
-        });
-        let config = blob(&mut blobs, config.to_string().into_bytes(), &format!("{OCI}config.v1+json"));
-        let kind = format!("{OCI}manifest.v1+json");
-        let manifest = json!({"schemaVersion": 2, "mediaType": kind, "config": config, "layers": [layer]});
-        let mut manifest = blob(&mut blobs, manifest.to_string().into_bytes(), &kind);
-        manifest["annotations"] = json!({"io.containerd.image.name": name});
-        let index = json!({"schemaVersion": 2, "manifests": [manifest]});
-
-        let mut archive = tar::Builder::new(Vec::new());
-        put(&mut archive, "oci-layout", br#"{"imageLayoutVersion":"1.0.0"}"#, 0o644)?;
-        put(&mut archive, "index.json", index.to_string().as_bytes(), 0o644)?;
-        for (digest, bytes) in &blobs {
-            put(&mut archive, &format!("blobs/sha256/{digest}"), bytes, 0o644)?;
-        }
-        let dir = to.parent().context("the images' directory")?;
-        fs::create_dir_all(dir).with_context(|| dir.display().to_string())?;
-        fs::write(to, archive.into_inner()?).with_context(|| to.display().to_string())?;
-        Ok(to.to_owned())
-    }
-
-    fn layer(&self) -> Result<Vec<u8>> {
-        let mut archive = tar::Builder::new(Vec::new());
-        let mut directories = BTreeMap::from([("tmp".to_owned(), 0o1777)]);
-        for path in self.entries.keys() {
-            for parent in Path::new(path).ancestors().skip(1).filter(|parent| !parent.as_os_str().is_empty())
-            {
-                directories.entry(parent.to_string_lossy().into_owned()).or_insert(0o755);
-            }
-        }
-        for (path, mode) in directories {
-            let mut header = header(mode);
-            header.set_entry_type(tar::EntryType::Directory);
-            archive.append_data(&mut header, path, std::io::empty())?;
-        }
-        for (path, entry) in &self.entries {
-            match entry {
-                Entry::File(content) => put(&mut archive, path, content, 0o755)?,
-                Entry::Link(target) => {
-                    let mut header = header(0o777);
-                    header.set_entry_type(tar::EntryType::Symlink);
-                    archive.append_link(&mut header, path, target)?;
-                }
-            }
-        }
-        Ok(archive.into_inner()?)
-    }
-}
-
-/// No time, no owner: nothing that differs from one build to the next.
-fn header(mode: u32) -> tar::Header {
-    let mut header = tar::Header::new_ustar();
-    header.set_mode(mode);
-    header.set_size(0);
-    header.set_mtime(0);
-    header.set_uid(0);
-    header.set_gid(0);
-    header
-}
-
-fn put(archive: &mut tar::Builder<Vec<u8>>, path: &str, content: &[u8], mode: u32) -> Result<()> {
-    let mut header = header(mode);
-    header.set_size(content.len() as u64);
-    archive.append_data(&mut header, path, content).with_context(|| path.to_owned())
-}
-
-/// Keeps a blob under its digest and describes it.
-fn blob(blobs: &mut BTreeMap<String, Vec<u8>>, content: Vec<u8>, kind: &str) -> Value {
-    let digest: String = Sha256::digest(&content).iter().map(|byte| format!("{byte:02x}")).collect();
-    let descriptor = json!({"mediaType": kind, "digest": format!("sha256:{digest}"), "size": content.len()});
-    blobs.insert(digest, content);
-    descriptor
-}
-
 #[cfg(test)]
 mod tests {
+    use std::fs::Permissions;
+    use std::os::unix::fs::PermissionsExt;
+    use std::time::{Duration, SystemTime};
+
+    use nix::sys::stat::{Mode, umask};
+
     use super::*;
+
+    /// Linked to the C library, as almost everything is.
+    const DYNAMIC: &str = "/bin/true";
 
     #[test]
     fn libraries_are_found_in_what_ldd_prints() {
@@ -237,16 +182,31 @@ mod tests {
         assert!(paths_in("\tnot a dynamic executable\n").is_empty());
     }
 
+    /// The same programs, brought to different directories by different people at different times.
     #[test]
-    fn the_same_files_make_the_same_layer() -> Result<()> {
-        let image = |content: &[u8]| {
-            let mut image = Image { user: "", entrypoint: Vec::new(), entries: BTreeMap::new() };
-            image.add("usr/bin/program", content.to_vec());
-            image.entries.insert("bin/link".to_owned(), Entry::Link("/usr/bin/program".to_owned()));
-            image.layer()
+    fn images_know_nothing_of_where_and_when_their_files_were_made() -> Result<()> {
+        let image = |age: u64, mask: u32, mode: u32| -> Result<Vec<u8>> {
+            let before = umask(Mode::from_bits_truncate(mask));
+            let dir = tempfile::tempdir()?;
+            let program = dir.path().join("program");
+            fs::copy(DYNAMIC, &program)?;
+            fs::set_permissions(&program, Permissions::from_mode(mode))?;
+            fs::File::open(&program)?.set_modified(SystemTime::now() - Duration::from_secs(age))?;
+            let mut image = Image::new("", &["/program"]);
+            add_program(&mut image, "/program", &program)?;
+            let path = image.write(&dir.path().join("images/one.tar"), "localhost/one:dev")?;
+            umask(before);
+            Ok(fs::read(path)?)
         };
-        assert_eq!(image(b"one")?, image(b"one")?);
-        assert_ne!(image(b"one")?, image(b"two")?);
+        let (one, other) = (image(0, 0o022, 0o755)?, image(1_000_000, 0o077, 0o700)?);
+        assert!(one == other, "{} and {} bytes", one.len(), other.len());
         Ok(())
+    }
+
+    #[test]
+    fn a_plugin_that_needs_libraries_gets_into_no_image() {
+        let added = add_plugin(&mut Image::default(), "/weft-cni", Path::new(DYNAMIC));
+        let error = added.err().map(|error| error.to_string()).unwrap_or_default();
+        assert!(error.contains("libc.so") && error.contains("ld-linux"), "{error:?}");
     }
 }

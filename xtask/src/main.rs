@@ -7,8 +7,10 @@
 mod build;
 mod cluster;
 mod ebpf;
+mod elf;
 mod images;
 mod kubernetes;
+mod oci;
 mod packages;
 mod run;
 mod say;

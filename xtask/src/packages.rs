@@ -61,8 +61,14 @@ pub enum Purpose {
 pub fn of(purpose: Purpose) -> Vec<Package> {
     use Probe::{File, FileBelow, Program};
     use Purpose::{All, Bench, Demo, Test};
-    let all: [(&[Purpose], &str, &'static str, Probe); 18] = [
+    let all: [(&[Purpose], &str, &'static str, Probe); 19] = [
         (&[Test, Demo, Bench], "gcc", "the C code of aws-lc", Program("cc")),
+        (
+            &[Test],
+            "libc6-dev",
+            "the CNI plugin, which is linked to no shared library",
+            FileBelow("/usr/lib", "libc.a"),
+        ),
         (&[Test, Demo, Bench], "iproute2", "namespaces and wires of the test bed", Program("ip")),
         (&[Test, Demo, Bench], "procps", "processes and sysctls of the test bed", Program("sysctl")),
         (&[Test, Demo, Bench], "nginx-light", "a web server as workload", Program("nginx")),

@@ -1,6 +1,7 @@
 //! Where things are: the checkout, cargo's target directory, and the cache outside the tree.
 
 use std::env;
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -20,6 +21,28 @@ pub fn target() -> Result<PathBuf> {
     let target =
         program.parent().and_then(Path::parent).context("xtask's executable is not in a target directory")?;
     Ok(target.to_path_buf())
+}
+
+/// Flags for the compiler, that it writes fixed names in place of the paths of this checkout, its target directory and
+/// cargo's home, in messages and in line tables.
+pub fn remapped_paths() -> Result<Vec<OsString>> {
+    let cargo = match env::var_os("CARGO_HOME") {
+        Some(home) => PathBuf::from(home),
+        None => {
+            PathBuf::from(env::var_os("HOME").context("neither CARGO_HOME nor HOME is set")?).join(".cargo")
+        }
+    };
+    // Of several that fit the compiler takes the last: the target directory is mostly in the checkout.
+    Ok([(cargo, "/cargo"), (root()?, "/weft"), (target()?, "/weft/target")]
+        .into_iter()
+        .map(|(path, name)| {
+            let mut flag = OsString::from("--remap-path-prefix=");
+            flag.push(path);
+            flag.push("=");
+            flag.push(name);
+            flag
+        })
+        .collect())
 }
 
 /// Where what setup builds is kept between checkouts: `$XDG_CACHE_HOME/weft`, else `~/.cache/weft`.

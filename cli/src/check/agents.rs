@@ -62,7 +62,7 @@ pub fn checks(view: &View, installed: &Installed) -> Vec<Check> {
                 PluginStatus::InPlace => None,
             }),
             "new pods of the mesh start before they are protected. The agent puts the plugin there as soon as it can:\n\
-             does the node's /etc/cni/net.d hold a .conflist, or is it elsewhere (--set cni.confDir, cni.binDir)?",
+             is the node's network configuration in /etc/cni/net.d, or is it elsewhere (--set cni.confDir, cni.binDir)?",
         ),
         Check::of(
             Outcome::Error,

@@ -53,7 +53,7 @@ pub fn checks(view: &View, leases: &Result<Vec<Value>>) -> Vec<Check> {
             Outcome::Error,
             "every node is ready, with its network plugin",
             linux.iter().copied().filter_map(unready).collect(),
-            "install the cluster's own CNI plugin first, configured by a .conflist: Weft's is chained after it",
+            "install the cluster's own CNI plugin first: Weft's is chained after it",
         ),
         match leases {
             Ok(leases) => Check::of(

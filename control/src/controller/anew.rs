@@ -55,7 +55,9 @@ fn object(kind: Kind, random: &mut Random) -> Value {
             let networks = ["10.1.0.0/24", "10.9.0.0/24", "10.244.0.0/24"];
             let network = random.pick(&networks);
             let addresses = json!([{"type": "InternalIP", "address": random.pick(&ADDRESSES)}]);
-            json!({"metadata": {"name": random.pick(&NODES)}, "spec": {"podCIDRs": [network]}, "status": {"addresses": addresses}})
+            let zone = json!({"topology.kubernetes.io/zone": random.pick(&["z1", "z2"])});
+            let labels = if random.one_in(3) { json!({}) } else { zone };
+            json!({"metadata": {"name": random.pick(&NODES), "labels": labels}, "spec": {"podCIDRs": [network]}, "status": {"addresses": addresses}})
         }
         Kind::ServiceCidr => {
             let networks = [random.pick(&["10.3.0.0/24", "10.4.0.0/24"])];
@@ -96,25 +98,31 @@ fn pod(random: &mut Random) -> Value {
 }
 
 fn service(random: &mut Random) -> Value {
-    let mut ports = vec![json!({"name": "http", "port": 80, "targetPort": "http"})];
+    let mut ports =
+        vec![json!({"name": "http", "port": 80, "targetPort": "http", "nodePort": random.below(2) + 30080})];
     if random.one_in(2) {
         ports.push(json!({"name": "admin", "port": random.below(2) + 81}));
     }
     json!({
         "metadata": {"name": random.pick(&SERVICES), "namespace": random.pick(&NAMESPACES)},
         "spec": {
-            "type": random.pick(&["ClusterIP", "ClusterIP", "ClusterIP", "ExternalName"]),
+            "type": random.pick(&["ClusterIP", "NodePort", "LoadBalancer", "ExternalName"]),
+            "externalIPs": [random.pick(&ADDRESSES)],
             "clusterIP": random.pick(&["10.2.0.1", "10.2.0.2", "10.3.0.1", "192.0.2.1", "None"]), "ports": ports,
             "publishNotReadyAddresses": random.one_in(3),
+            "sessionAffinity": random.pick(&["None", "ClientIP"]),
         },
+        "status": {"loadBalancer": {"ingress": [
+            {"ip": random.pick(&ADDRESSES), "ipMode": random.pick(&["VIP", "Proxy"])},
+        ]}},
     })
 }
 
 fn slice(random: &mut Random) -> Value {
     let endpoints: Vec<Value> = (0..random.below(5))
         .map(|_| {
-            let mut endpoint =
-                json!({"addresses": [random.pick(&ADDRESSES)], "conditions": {"ready": !random.one_in(3)}});
+            let conditions = json!({"ready": !random.one_in(3), "terminating": random.one_in(2)});
+            let mut endpoint = json!({"addresses": [random.pick(&ADDRESSES)], "conditions": conditions});
             if random.one_in(3) {
                 endpoint["nodeName"] = json!(random.pick(&NODES));
             }

@@ -2,7 +2,7 @@
 //! translation itself is in the pure functions of `workloads`, `services` and `networks`; here is only who depends on whom:
 //!
 //! ```text
-//! namespace ──► its pods
+//! namespace ──► its pods                                             zone of a node ──► its pods
 //! pod ──► slices that refer to it, or name an address it claims      node, service CIDR ──► networks
 //! service ──► its slices                                             networks ──► problems of pods and services
 //! slice ──► pods and other endpoints that it says something else of
@@ -16,7 +16,7 @@ use std::{
 };
 
 use weft_proto::{
-    node::{LocalWorkload, MeshConfig},
+    node::{LocalWorkload, MeshConfig, Node},
     workload::{Address, address},
 };
 
@@ -37,6 +37,7 @@ pub struct Changes {
     /// By node, and then by name.
     pub local: BTreeMap<String, BTreeMap<String, Option<LocalWorkload>>>,
     pub mesh: Option<MeshConfig>,
+    pub nodes: BTreeMap<String, Option<Node>>,
     /// What a person should know, by what it is about.
     pub problems: BTreeMap<String, Option<String>>,
 }
@@ -137,6 +138,8 @@ impl Translator {
     ) -> Changes {
         let mut dirty = Dirty { pods: pods_of(store, touched), ..Dirty::default() };
         dirty.pods.extend(changed.iter().filter_map(|uid| self.settings.pod_of(uid)));
+        let moved = touched.moved_nodes.iter().flat_map(|node| store.indexes.pods_by_node.get(node));
+        dirty.pods.extend(moved.cloned());
         dirty.services.extend(touched.services.iter().cloned());
         for name in slices_of(store, touched) {
             self.translate_slice(store, name, &mut dirty);
@@ -154,6 +157,8 @@ impl Translator {
         for (slice, address) in &dirty.others {
             self.translate_other(slice, *address, &mut changes);
         }
+        changes.nodes =
+            touched.nodes.iter().map(|name| (name.clone(), networks::node(store, name))).collect();
         for address in &touched.addresses {
             let problem = services::address_problem(store, *address);
             changes.problems.insert(format!("address {address}"), problem);

@@ -7,9 +7,19 @@ use weft_api::{
     EndpointSlice, Service,
     discovery::Endpoint,
     field::{IntOrString, Protocol},
-    service::ServiceType,
+    service::{
+        InternalTrafficPolicy, PREFER_CLOSE, PREFER_SAME_NODE, PREFER_SAME_ZONE, ServicePort, ServiceSpec,
+        ServiceType,
+    },
 };
-use weft_proto::workload::{self as wire, LoadBalancing, NetworkAddress, load_balancing};
+use weft_proto::{
+    extension,
+    service::{NodePort, ServiceTraits},
+    workload::{
+        self as wire, LoadBalancing, NetworkAddress,
+        load_balancing::{HealthPolicy, Mode, Scope},
+    },
+};
 
 use super::{MeshSettings, contains, octets};
 use crate::store::{Name, Store, endpoints, referred_pod};
@@ -34,17 +44,22 @@ pub(super) struct Served {
     pub ports: BTreeMap<u16, u16>,
 }
 
-/// What a slice says of one endpoint.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub(super) struct EndpointState {
+/// What a slice says of one endpoint. In order, the best first.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum EndpointState {
+    #[default]
+    Ready,
+    /// Ending; serves where nobody else does.
+    Draining,
     /// Not to be sent anything now.
-    pub unready: bool,
+    Unready,
 }
 
 /// An endpoint that is no pod (a machine outside the cluster), or a pod on its node's network.
 #[derive(Debug, PartialEq)]
 pub(super) struct OtherEndpoint {
     pub node: String,
+    pub zone: String,
     /// A pod that has only its node's address.
     pub host_network: bool,
     pub state: EndpointState,
@@ -55,8 +70,8 @@ pub(super) struct OtherEndpoint {
 pub(super) struct Membership {
     /// By service key, service port to target port.
     pub services: BTreeMap<String, BTreeMap<u16, u16>>,
-    /// Some service says it is not ready.
-    pub unready: bool,
+    /// The worst that any service says.
+    pub state: EndpointState,
 }
 
 impl Membership {
@@ -64,7 +79,7 @@ impl Membership {
     pub fn add(&mut self, served: Option<&Served>, state: EndpointState) {
         let Some(Served { service, ports }) = served else { return };
         self.services.entry(service.clone()).or_default().extend(ports);
-        self.unready |= state.unready;
+        self.state = self.state.max(state);
     }
 }
 
@@ -100,19 +115,24 @@ pub(super) fn slice(store: &Store, settings: &MeshSettings, name: &Name) -> Opti
             Target::Pod(pod) => translated.pods.entry(pod).or_default(),
             Target::Other { host_network } => {
                 let node = endpoint.node_name.clone().unwrap_or_default();
-                let other = OtherEndpoint { node, host_network, state: EndpointState::default() };
+                let zone = endpoint.zone.clone().unwrap_or_default();
+                let other = OtherEndpoint { node, zone, host_network, state: EndpointState::default() };
                 &mut translated.others.entry(address).or_insert(other).state
             }
         };
         // A slice may name a pod twice, by two addresses.
-        state.unready |= said.unready;
+        *state = said.max(*state);
     }
     Some(translated)
 }
 
 fn endpoint_state(service: Option<&Service>, endpoint: &Endpoint) -> EndpointState {
     let lenient = service.is_some_and(|service| service.spec.publish_not_ready_addresses);
-    EndpointState { unready: !endpoint.is_ready() && !lenient }
+    match endpoint {
+        endpoint if endpoint.is_ready() || lenient => EndpointState::Ready,
+        endpoint if endpoint.is_draining() => EndpointState::Draining,
+        _ => EndpointState::Unready,
+    }
 }
 
 /// What is wrong with an address: that two live pods claim it. It is nobody's then.
@@ -170,7 +190,7 @@ pub(super) fn service(
     }
     let (namespace, name) = name;
     let addresses = service
-        .addresses()
+        .cluster_addresses()
         .into_iter()
         .map(|address| NetworkAddress { address: octets(address).into(), ..NetworkAddress::default() });
     let ports = service.tcp_ports().map(|port| wire::Port {
@@ -183,20 +203,51 @@ pub(super) fn service(
         },
         ..wire::Port::default()
     });
-    let load_balancing = service.spec.publish_not_ready_addresses.then(|| LoadBalancing {
-        health_policy: load_balancing::HealthPolicy::AllowAll.into(),
-        ..LoadBalancing::default()
-    });
     let wire = wire::Service {
         name: name.clone(),
         namespace: namespace.clone(),
         hostname: settings.hostname(namespace, name),
         addresses: addresses.collect(),
         ports: ports.collect(),
-        load_balancing,
+        load_balancing: load_balancing(&service.spec),
+        extensions: extension::from_traits(&traits(service)).into_iter().collect(),
         ..wire::Service::default()
     };
     Some((wire, service_problem(settings, service)))
+}
+
+/// What is not as usual about the choice of an endpoint. Endpoints rank by how many of the scopes, from the first on,
+/// they share with the caller.
+fn load_balancing(spec: &ServiceSpec) -> Option<LoadBalancing> {
+    let local = spec.internal_traffic_policy == Some(InternalTrafficPolicy::Local);
+    let (mode, scopes) = match spec.traffic_distribution.as_deref() {
+        _ if local => (Mode::Strict, &[Scope::Node][..]),
+        Some(PREFER_CLOSE | PREFER_SAME_ZONE) => (Mode::Failover, &[Scope::Zone][..]),
+        Some(PREFER_SAME_NODE) => (Mode::Failover, &[Scope::Zone, Scope::Node][..]),
+        _ => (Mode::UnspecifiedMode, &[][..]),
+    };
+    let health_policy = match spec.publish_not_ready_addresses {
+        true => HealthPolicy::AllowAll,
+        false => HealthPolicy::OnlyHealthy,
+    };
+    let unusual = LoadBalancing {
+        routing_preference: scopes.iter().map(|scope| (*scope).into()).collect(),
+        mode: mode.into(),
+        health_policy: health_policy.into(),
+    };
+    (unusual != LoadBalancing::default()).then_some(unusual)
+}
+
+fn traits(service: &Service) -> ServiceTraits {
+    let node_port = |(port, node): (&ServicePort, u16)| NodePort {
+        service_port: port.port.get().into(),
+        node_port: node.into(),
+    };
+    ServiceTraits {
+        client_affinity_seconds: service.client_affinity().unwrap_or_default(),
+        node_ports: service.node_ports().map(node_port).collect(),
+        external_addresses: service.external_addresses().into_iter().map(octets).collect(),
+    }
 }
 
 fn service_problem(settings: &MeshSettings, service: &Service) -> Option<String> {

@@ -2,8 +2,13 @@
 
 use weft_api::Object;
 use weft_proto::{
-    node::LocalWorkload,
-    workload::{Address, NetworkMode, TunnelProtocol, Workload, WorkloadStatus, WorkloadType, address},
+    extension,
+    node::{LocalWorkload, Node},
+    service::NodePort,
+    workload::{
+        self as wire, Address, NetworkMode, TunnelProtocol, Workload, WorkloadStatus, WorkloadType, address,
+        load_balancing::{HealthPolicy, Mode, Scope},
+    },
 };
 
 use super::{
@@ -25,19 +30,21 @@ pub(crate) struct Translation {
     /// By node.
     pub local: BTreeMap<String, BTreeMap<String, LocalWorkload>>,
     pub mesh: MeshConfig,
+    pub nodes: BTreeMap<String, Node>,
     pub problems: BTreeMap<String, String>,
 }
 
 impl Translation {
     /// What comes of earlier changes and these.
     pub(crate) fn apply(&mut self, changes: Changes) {
-        let Changes { addresses, local, mesh, problems } = changes;
+        let Changes { addresses, local, mesh, nodes, problems } = changes;
         apply(&mut self.addresses, addresses);
         for (node, changes) in local {
             apply(self.local.entry(node).or_default(), changes);
         }
         self.local.retain(|_, local| !local.is_empty());
         self.mesh = mesh.unwrap_or_else(|| std::mem::take(&mut self.mesh));
+        apply(&mut self.nodes, nodes);
         apply(&mut self.problems, problems);
     }
 }
@@ -276,7 +283,9 @@ fn a_service_and_what_is_behind_it() {
     let service = translation.service("shop/web.shop.svc.cluster.local");
     assert_eq!(service.hostname, "web.shop.svc.cluster.local");
     let addresses: Vec<_> = service.addresses.iter().map(|a| a.address.len()).collect();
-    assert_eq!(addresses, [4, 16, 4]);
+    assert_eq!(addresses, [4, 16], "who captures these captures all their ports");
+    let traits = extension::traits(&service.extensions).unwrap();
+    assert_eq!((traits.external_addresses, traits.node_ports), (vec![vec![192, 0, 2, 1]], vec![]));
     let ports: Vec<_> = service.ports.iter().map(|p| (p.service_port, p.target_port)).collect();
     assert_eq!(ports, [(80, 0), (81, 81)], "a named target port differs by endpoint; UDP is not there");
     // By reference, and by address. The slice serves only one of the two TCP ports.
@@ -284,6 +293,36 @@ fn a_service_and_what_is_behind_it() {
         assert_eq!(translation.services(name), ["shop/web.shop.svc.cluster.local:80>8080"]);
     }
     assert_eq!(translation.addresses.len(), 3);
+}
+
+#[test]
+fn a_service_at_ports_of_nodes_and_of_a_load_balancer() {
+    let traits = |text: &str| {
+        extension::traits(&translated(text).service("shop/web.shop.svc.cluster.local").extensions).unwrap()
+    };
+    let text = WEB.replace("spec: {", "spec: {type: LoadBalancer, ").replace("port: 81}", "port: 81, nodePort: 30081}")
+        .replace("---", "status: {loadBalancer: {ingress: [{ip: 192.0.2.2, ipMode: VIP}, {ip: 192.0.2.3, ipMode: Proxy}]}}\n---");
+    let found = traits(&text);
+    assert_eq!(found.external_addresses, [vec![192, 0, 2, 1], vec![192, 0, 2, 2]]);
+    assert_eq!(found.node_ports, [NodePort { service_port: 81, node_port: 30081 }]);
+    let bare = WEB.replace("externalIPs: [192.0.2.1], ", "");
+    assert!(translated(&bare).service("shop/web.shop.svc.cluster.local").extensions.is_empty());
+}
+
+#[test]
+fn nodes_are_heard_of_by_themselves() {
+    let node = |address: &str| {
+        format!(
+            "apiVersion: v1\nkind: Node\nmetadata: {{name: n1}}\nstatus: {{addresses: [{{type: InternalIP, address: {address}}}]}}\n---\n"
+        )
+    };
+    let translation = translated(&node("192.0.2.1"));
+    assert_eq!(translation.nodes["n1"].addresses, [[192, 0, 2, 1]]);
+    assert_eq!(
+        translation.mesh,
+        translated(&node("192.0.2.2")).mesh,
+        "a change of one is no change of the mesh"
+    );
 }
 
 #[test]
@@ -326,12 +365,66 @@ fn readiness() {
         (WEB, "{ready: true}", WorkloadStatus::Healthy),
         (WEB, "{ready: null}", WorkloadStatus::Healthy),
         (WEB, "{ready: false}", WorkloadStatus::Unhealthy),
+        (WEB, "{ready: false, serving: true, terminating: true}", WorkloadStatus::Unhealthy),
         (&lenient, "{ready: false}", WorkloadStatus::Healthy),
     ] {
         let endpoints = format!("[{{addresses: [10.1.0.2], conditions: {conditions}}}]");
         let translation = translated(&(pod("a", "10.1.0.2", "") + service + &slice("web-1", &endpoints)));
-        assert_eq!(translation.workload("/Pod/shop/a").status(), status, "{conditions}");
+        let workload = translation.workload("/Pod/shop/a");
+        assert_eq!(workload.status(), status, "{conditions}");
+        assert_eq!(extension::is_draining(&workload.extensions), conditions.contains("serving: true"));
     }
+}
+
+/// The Service of [`WEB`] with something more in its spec.
+fn web_with(more: &str) -> wire::Service {
+    let service = WEB.replace("ports:", &format!("{more}, ports:"));
+    translated(&service).service("shop/web.shop.svc.cluster.local").clone()
+}
+
+#[test]
+fn which_endpoints_are_preferred() {
+    let (zone, node) = (Scope::Zone.into(), Scope::Node.into());
+    for (spec, expected) in [
+        ("internalTrafficPolicy: Cluster", None),
+        ("internalTrafficPolicy: Local", Some((Mode::Strict, vec![node]))),
+        ("trafficDistribution: PreferClose", Some((Mode::Failover, vec![zone]))),
+        ("trafficDistribution: PreferSameZone", Some((Mode::Failover, vec![zone]))),
+        ("trafficDistribution: PreferSameNode", Some((Mode::Failover, vec![zone, node]))),
+        ("trafficDistribution: PreferSomethingNew", None),
+        ("trafficDistribution: PreferClose, internalTrafficPolicy: Local", Some((Mode::Strict, vec![node]))),
+    ] {
+        let choice = web_with(spec).load_balancing;
+        assert_eq!(choice.map(|c| (c.mode(), c.routing_preference)), expected, "{spec}");
+    }
+    let lenient = web_with("publishNotReadyAddresses: true").load_balancing.unwrap();
+    assert_eq!(lenient.health_policy(), HealthPolicy::AllowAll);
+}
+
+#[test]
+fn session_affinity() {
+    for (spec, seconds) in [
+        ("sessionAffinity: None", 0),
+        ("sessionAffinity: ClientIP", 10_800),
+        ("sessionAffinity: ClientIP, sessionAffinityConfig: {clientIP: {timeoutSeconds: 30}}", 30),
+    ] {
+        let traits = extension::traits(&web_with(spec).extensions).unwrap();
+        assert_eq!(traits.client_affinity_seconds, seconds, "{spec}");
+    }
+}
+
+#[test]
+fn a_pod_is_where_its_node_is() {
+    let node = |labels: &str| {
+        format!("---\napiVersion: v1\nkind: Node\nmetadata: {{name: n1, labels: {{{labels}}}}}\n---\n")
+    };
+    let locality = |labels: &str| {
+        let translation = translated(&(node(labels) + &pod("a", "10.1.0.2", "")));
+        translation.workload("/Pod/shop/a").locality.clone().map(|at| (at.region, at.zone))
+    };
+    assert_eq!(locality(""), None);
+    let both = locality("topology.kubernetes.io/region: r, topology.kubernetes.io/zone: z");
+    assert_eq!(both, Some(("r".to_owned(), "z".to_owned())));
 }
 
 #[test]

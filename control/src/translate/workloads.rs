@@ -9,13 +9,17 @@ use weft_api::{
     mesh_choice,
 };
 use weft_proto::{
+    extension,
     node::LocalWorkload,
-    workload::{NetworkMode, Port, PortList, TunnelProtocol, Workload, WorkloadStatus, WorkloadType},
+    workload::{
+        Extension, Locality, NetworkMode, Port, PortList, TunnelProtocol, Workload, WorkloadStatus,
+        WorkloadType,
+    },
 };
 
 use super::{
     MeshSettings, contains, octets,
-    services::{Membership, OtherEndpoint},
+    services::{EndpointState, Membership, OtherEndpoint},
 };
 use crate::store::{Name, Store};
 
@@ -44,7 +48,8 @@ pub(super) fn pod(
     };
     let choice = mesh_choice(store.namespaces.get(&name.0).map(|namespace| &**namespace), pod);
     let addresses = pod.addresses();
-    let workload = workload(settings, name, pod, &addresses, membership, tunnel);
+    let locality = locality(store, pod);
+    let workload = workload(settings, name, pod, &addresses, locality, membership, tunnel);
     let local = local(settings, name, pod, &addresses, choice.wanted);
     let problem = workload.as_ref().and_then(|_| address_problem(settings, &choice, &addresses));
     let problem = problem.or_else(|| local.as_ref().and_then(|local| netns_problem(settings, local)));
@@ -56,6 +61,7 @@ fn workload(
     (namespace, name): &Name,
     pod: &Pod,
     addresses: &[IpAddr],
+    locality: Option<Locality>,
     membership: &Membership,
     tunnel: bool,
 ) -> Option<Workload> {
@@ -78,7 +84,9 @@ fn workload(
         workload_name,
         services: wire_services(membership),
         status: wire_status(membership),
+        extensions: wire_extensions(membership),
         cluster_id: settings.cluster_id.clone(),
+        locality,
         network_mode: network_mode(pod.spec.host_network),
         ..Workload::default()
     })
@@ -140,7 +148,9 @@ pub(super) fn outside_pod(
         workload_name: name.clone(),
         services: wire_services(membership),
         status: wire_status(membership),
+        extensions: wire_extensions(membership),
         cluster_id: settings.cluster_id.clone(),
+        locality: wire_locality("", &other.zone),
         network_mode: network_mode(shared_address),
         ..Workload::default()
     }
@@ -165,7 +175,26 @@ fn wire_services(membership: &Membership) -> std::collections::HashMap<String, P
 }
 
 fn wire_status(membership: &Membership) -> i32 {
-    if membership.unready { WorkloadStatus::Unhealthy } else { WorkloadStatus::Healthy }.into()
+    match membership.state {
+        EndpointState::Ready => WorkloadStatus::Healthy,
+        EndpointState::Draining | EndpointState::Unready => WorkloadStatus::Unhealthy,
+    }
+    .into()
+}
+
+fn wire_extensions(membership: &Membership) -> Vec<Extension> {
+    (membership.state == EndpointState::Draining).then(extension::draining).into_iter().collect()
+}
+
+/// Where the pod's node is.
+fn locality(store: &Store, pod: &Pod) -> Option<Locality> {
+    let (region, zone) = store.nodes.get(pod.spec.node_name.as_ref()?)?.locality();
+    wire_locality(region, zone)
+}
+
+fn wire_locality(region: &str, zone: &str) -> Option<Locality> {
+    let locality = Locality { region: region.to_owned(), zone: zone.to_owned(), subzone: String::new() };
+    (locality != Locality::default()).then_some(locality)
 }
 
 fn network_mode(shared_address: bool) -> i32 {

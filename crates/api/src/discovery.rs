@@ -42,6 +42,9 @@ pub struct Endpoint {
     pub target_ref: Option<ObjectReference>,
     #[serde(default, deserialize_with = "field::optional_name")]
     pub node_name: Option<String>,
+    /// The failure domain it is in.
+    #[serde(default)]
+    pub zone: Option<String>,
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
@@ -49,6 +52,11 @@ pub struct EndpointConditions {
     /// Absent means ready.
     #[serde(default)]
     pub ready: Option<bool>,
+    /// As `ready`, but regardless of whether it is ending. Absent means that it serves.
+    #[serde(default)]
+    pub serving: Option<bool>,
+    #[serde(default)]
+    pub terminating: Option<bool>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -110,5 +118,10 @@ impl Endpoint {
 
     pub fn is_ready(&self) -> bool {
         self.conditions.ready.unwrap_or(true)
+    }
+
+    /// Whether it is ending, and serves until it has.
+    pub fn is_draining(&self) -> bool {
+        self.conditions.terminating.unwrap_or(false) && self.conditions.serving.unwrap_or(true)
     }
 }

@@ -14,6 +14,10 @@ pub const SERVICE_NAME: &str = "kubernetes.io/service-name";
 /// Label on a Pod: the hash that a Deployment appended to the name of the pod's ReplicaSet.
 pub const POD_TEMPLATE_HASH: &str = "pod-template-hash";
 
+/// Labels of a Node: its failure domain, and what that is part of.
+pub const ZONE: &str = "topology.kubernetes.io/zone";
+pub const REGION: &str = "topology.kubernetes.io/region";
+
 /// Labels that name the application, the first one present wins.
 pub const APPLICATION: [&str; 2] = ["app.kubernetes.io/name", "app"];
 /// Labels that name the application's version, the first one present wins.

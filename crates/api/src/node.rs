@@ -5,7 +5,7 @@ use std::net::IpAddr;
 use ipnet::IpNet;
 use serde::Deserialize;
 
-use crate::{field, meta::ObjectMeta};
+use crate::{field, labels, meta::ObjectMeta};
 
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 pub struct Node {
@@ -42,6 +42,12 @@ pub struct NodeAddress {
 impl Node {
     pub fn pod_networks(&self) -> impl Iterator<Item = IpNet> {
         self.spec.pod_cidr.into_iter().chain(self.spec.pod_cidrs.iter().copied())
+    }
+
+    /// Region and zone, either of them empty where it is in none.
+    pub fn locality(&self) -> (&str, &str) {
+        let label = |name| self.metadata.labels.get(name).map_or("", String::as_str);
+        (label(labels::REGION), label(labels::ZONE))
     }
 
     /// Its own addresses, within the cluster and outside; names are left out.

@@ -86,11 +86,38 @@ fn a_service_with_and_without_addresses() {
         "clusterIP": "10.2.0.1", "clusterIPs": ["10.2.0.1", "fd01::1"], "externalIPs": ["192.0.2.1"],
         "ports": [{"port": 80, "targetPort": "http"}, {"port": 53, "protocol": "UDP", "name": "dns"}]
     }}));
-    assert_eq!(service.addresses().len(), 3);
+    assert_eq!(service.cluster_addresses().len(), 2);
+    assert_eq!(service.external_addresses(), ["192.0.2.1".parse::<std::net::IpAddr>().unwrap()]);
     assert_eq!(service.tcp_ports().count(), 1);
     let headless: Service =
         read(json!({"metadata": {"name": "web"}, "spec": {"clusterIP": "None", "clusterIPs": ["None"]}}));
-    assert!(headless.addresses().is_empty());
+    assert!(headless.cluster_addresses().is_empty());
+}
+
+#[test]
+fn a_service_that_is_reached_from_outside() {
+    let service = |kind: &str, cluster_ip: &str| -> Service {
+        read(json!({"metadata": {"name": "web"}, "spec": {
+            "type": kind, "clusterIP": cluster_ip, "externalIPs": ["192.0.2.1", "192.0.2.2"], "healthCheckNodePort": 32000,
+            "ports": [{"port": 80, "nodePort": 30080}, {"port": 53, "protocol": "UDP", "nodePort": 30053}, {"port": 81}]
+        }, "status": {"loadBalancer": {"ingress": [
+            {"ip": "192.0.2.2"}, {"ip": "192.0.2.3", "ipMode": "VIP", "ports": []}, {"ip": "192.0.2.4", "ipMode": "Proxy"},
+            {"ip": "192.0.2.5", "ipMode": "Other"}, {"hostname": "lb.example.org"}, {"hostname": "", "ip": ""}
+        ]}}}))
+    };
+    for (kind, cluster_ip, addresses, ports) in [
+        ("LoadBalancer", "10.2.0.1", vec![1, 2, 3], vec![(80, 30080)]),
+        ("NodePort", "10.2.0.1", vec![1, 2], vec![(80, 30080)]),
+        ("ClusterIP", "10.2.0.1", vec![1, 2], vec![]),
+        ("ClusterIP", "None", vec![], vec![]),
+    ] {
+        let service = service(kind, cluster_ip);
+        let expected: Vec<std::net::IpAddr> =
+            addresses.iter().map(|host| [192, 0, 2, *host].into()).collect();
+        assert_eq!(service.external_addresses(), expected, "{kind} {cluster_ip}");
+        let found: Vec<_> = service.node_ports().map(|(port, node)| (port.port.get(), node)).collect();
+        assert_eq!(found, ports, "{kind} {cluster_ip}");
+    }
 }
 
 #[test]

@@ -3,13 +3,16 @@
 #![forbid(unsafe_code)]
 
 pub mod balance;
+mod endpoints;
+mod frontends;
 pub mod identity;
 pub mod mesh;
 pub mod workload;
 
+pub use endpoints::Caller;
 pub use identity::{SpiffeId, TrustDomain};
-pub use mesh::{AddressKind, Entry, Mesh};
-pub use workload::{PortMapping, Service, Tunnel, Workload};
+pub use mesh::{AddressKind, Entry, Mesh, Target};
+pub use workload::{Health, Nearness, NodePort, PortMapping, Service, Tunnel, Workload};
 
 /// Port on which an enrolled workload is reached by tunnel (HBONE's, as in Istio).
 pub const TUNNEL_PORT: u16 = 15008;

@@ -5,15 +5,16 @@
 
 use std::{
     collections::{BTreeSet, HashSet},
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     sync::Arc,
 };
 
 use imbl::{HashMap, Vector};
 
 use crate::{
-    balance,
-    workload::{Service, Tunnel, Workload},
+    endpoints::{Caller, Endpoints},
+    frontends::Frontends,
+    workload::{Health, Nearness, Service, Tunnel, Workload},
 };
 
 /// One resource of the mesh-wide state.
@@ -44,23 +45,45 @@ pub enum AddressKind {
     Meshed,
     /// The address of exactly one workload, which is enrolled: it never sends plaintext, and never accepts any.
     Enrolled,
+    /// A node's. What is at it depends on the port, which may be a node port.
+    Node,
+    /// An external address of services, and no node's. What is at it depends on the port.
+    External,
 }
 
-/// Who answers at an address.
+/// What the capture set can have an entry for, beside whole ranges.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Target {
+    /// Every port of it; see [`Mesh::kind`].
+    Address(IpAddr),
+    /// A service's port at an external address; see [`Mesh::is_meshed`].
+    Port(SocketAddr),
+    /// This port of every node; see [`Mesh::is_meshed`].
+    NodePort(u16),
+}
+
+/// Who answers at an address and port.
 #[derive(Debug, Clone)]
 pub enum Destination {
-    Service(Arc<Service>),
+    /// A service, and which of its ports is meant, if it has that.
+    Service {
+        service: Arc<Service>,
+        port: u16,
+    },
     Workload(Arc<Workload>),
     /// Claimed by more than one workload or service; nobody gets its identity.
     Conflict,
+    /// A known address at a port that does not lead into the mesh.
+    Outside,
     Unknown,
 }
 
-/// The endpoints of one service.
-#[derive(Debug, Clone, Default)]
-struct Endpoints {
-    all: Vector<Arc<Workload>>,
-    enrolled: usize,
+/// To whom a whole address belongs.
+enum Owner<'a> {
+    Service(&'a Arc<Service>),
+    Workload(&'a Arc<Workload>),
+    Conflict,
+    Nobody,
 }
 
 /// A snapshot of every workload and service of the agent's own network.
@@ -69,6 +92,7 @@ pub struct Mesh {
     entries: HashMap<Arc<str>, Entry>,
     workloads_at: HashMap<IpAddr, Vector<Arc<Workload>>>,
     services_at: HashMap<IpAddr, Vector<Arc<Service>>>,
+    frontends: Frontends,
     endpoints: HashMap<Arc<str>, Endpoints>,
     network: Arc<str>,
 }
@@ -79,13 +103,13 @@ impl Mesh {
         Self { network: network.into(), ..Self::default() }
     }
 
-    /// Takes in a delta. Returns the addresses whose [`kind`](Self::kind) may have changed.
+    /// Takes in a delta. Returns of what [`kind`](Self::kind) or [`is_meshed`](Self::is_meshed) may have changed.
     pub fn apply(
         &mut self,
         upserts: impl IntoIterator<Item = Entry>,
         removed: impl IntoIterator<Item = Arc<str>>,
-    ) -> BTreeSet<IpAddr> {
-        let mut touched = HashSet::new();
+    ) -> BTreeSet<Target> {
+        let mut touched = Touched::default();
         for key in removed {
             self.remove(&key, &mut touched);
         }
@@ -94,74 +118,76 @@ impl Mesh {
             self.insert(entry, &mut touched);
         }
         // An endpoint that came, went or changed may have changed what its services' addresses are.
-        let (mut addresses, mut services) = (BTreeSet::new(), HashSet::new());
-        for touch in touched {
-            match touch {
-                Touched::Address(ip) => {
-                    addresses.insert(ip);
-                }
-                Touched::Service(key) => {
-                    services.insert(key);
-                }
-            }
-        }
+        let Touched { mut targets, services } = touched;
         for key in services {
             if let Some(Entry::Service(service)) = self.entries.get(&key) {
-                addresses.extend(&service.addresses);
+                targets.extend(targets_of(service));
             }
         }
-        addresses
+        targets
     }
 
-    fn insert(&mut self, entry: Entry, touched: &mut HashSet<Touched>) {
+    /// Takes in what is said of nodes: their addresses by name, or none of one that is gone. Returns as
+    /// [`apply`](Self::apply) does.
+    pub fn apply_nodes(
+        &mut self,
+        nodes: impl IntoIterator<Item = (Arc<str>, Option<Vec<IpAddr>>)>,
+    ) -> BTreeSet<Target> {
+        let mut touched = BTreeSet::new();
+        for (name, addresses) in nodes {
+            self.frontends.set_node(name, addresses, &mut touched);
+        }
+        touched
+    }
+
+    fn insert(&mut self, entry: Entry, touched: &mut Touched) {
         match &entry {
             Entry::Workload(w) => {
                 if self.is_reachable(w) {
                     for ip in &w.addresses {
                         self.workloads_at.entry(*ip).or_default().push_back(w.clone());
-                        touched.insert(Touched::Address(*ip));
+                        touched.targets.insert(Target::Address(*ip));
                     }
                 }
                 for (service, _) in &w.services {
-                    let endpoints = self.endpoints.entry(service.clone()).or_default();
-                    endpoints.all.push_back(w.clone());
-                    endpoints.enrolled += usize::from(w.tunnel == Tunnel::Hbone);
-                    touched.insert(Touched::Service(service.clone()));
+                    self.endpoints.entry(service.clone()).or_default().insert(w.clone());
+                    touched.services.insert(service.clone());
                 }
             }
             Entry::Service(s) => {
                 for ip in &s.addresses {
                     self.services_at.entry(*ip).or_default().push_back(s.clone());
-                    touched.insert(Touched::Address(*ip));
                 }
+                self.frontends.insert(s);
+                touched.targets.extend(targets_of(s));
             }
         }
         self.entries.insert(entry.key().clone(), entry);
     }
 
-    fn remove(&mut self, key: &Arc<str>, touched: &mut HashSet<Touched>) {
+    fn remove(&mut self, key: &Arc<str>, touched: &mut Touched) {
         match self.entries.remove(key) {
             Some(Entry::Workload(w)) => {
                 for ip in &w.addresses {
                     remove_from(&mut self.workloads_at, ip, |at| at.uid == w.uid);
-                    touched.insert(Touched::Address(*ip));
+                    touched.targets.insert(Target::Address(*ip));
                 }
                 for (service, _) in &w.services {
                     if let Some(endpoints) = self.endpoints.get_mut(service) {
-                        endpoints.all.retain(|e| e.uid != w.uid);
-                        endpoints.enrolled -= usize::from(w.tunnel == Tunnel::Hbone);
-                        if endpoints.all.is_empty() {
+                        endpoints.remove(&w);
+                        if endpoints.is_empty() {
                             self.endpoints.remove(service);
                         }
                     }
-                    touched.insert(Touched::Service(service.clone()));
+                    touched.services.insert(service.clone());
                 }
             }
             Some(Entry::Service(s)) => {
                 for ip in &s.addresses {
                     remove_from(&mut self.services_at, ip, |at| at.key == s.key);
-                    touched.insert(Touched::Address(*ip));
                 }
+                self.frontends.remove(&s);
+                touched.targets.extend(targets_of(&s));
             }
             None => {}
         }
@@ -192,34 +218,92 @@ impl Mesh {
         self.entries.is_empty()
     }
 
+    /// Every node's name and addresses, in no order.
+    pub fn nodes(&self) -> impl Iterator<Item = (&Arc<str>, &[IpAddr])> {
+        self.frontends.nodes()
+    }
+
+    /// Everything that may need an entry in the capture set, in no order and with repetitions.
+    pub fn targets(&self) -> impl Iterator<Item = Target> {
+        let of_entry = |entry: &Entry| match entry {
+            Entry::Workload(w) => w.addresses.iter().copied().map(Target::Address).collect(),
+            Entry::Service(s) => targets_of(s).collect::<Vec<_>>(),
+        };
+        self.entries().flat_map(of_entry).chain(self.frontends.node_addresses().map(Target::Address))
+    }
+
+    /// An enrolled workload's address and a service's cluster address are its own, whatever ports others claim there.
+    /// What else nodes and external addresses coincide with yields to them, as it does to kube-proxy's rules: the API
+    /// server's endpoint, for one, has its node's address.
     pub fn kind(&self, ip: IpAddr) -> AddressKind {
-        match self.destination(ip) {
-            Destination::Unknown => AddressKind::Unknown,
-            Destination::Conflict => AddressKind::Meshed,
-            Destination::Workload(w) if w.tunnel == Tunnel::Hbone => AddressKind::Enrolled,
-            Destination::Service(s) if self.endpoints.get(&s.key).is_some_and(|e| e.enrolled > 0) => {
-                AddressKind::Meshed
-            }
-            Destination::Workload(_) | Destination::Service(_) => AddressKind::Unmeshed,
+        match self.owner(ip) {
+            Owner::Conflict => AddressKind::Meshed,
+            Owner::Workload(w) if w.tunnel == Tunnel::Hbone => AddressKind::Enrolled,
+            Owner::Service(s) if self.has_enrolled(s) => AddressKind::Meshed,
+            Owner::Service(_) => AddressKind::Unmeshed,
+            _ if self.frontends.is_node(ip) => AddressKind::Node,
+            _ if self.frontends.is_external(ip) => AddressKind::External,
+            Owner::Workload(_) => AddressKind::Unmeshed,
+            Owner::Nobody => AddressKind::Unknown,
         }
     }
 
-    pub fn destination(&self, ip: IpAddr) -> Destination {
-        let none = Vector::new();
-        let services = self.services_at.get(&ip);
-        let workloads = self.workloads_at.get(&ip).unwrap_or(&none);
-        match (services.and_then(|s| s.front()), services.map_or(0, |s| s.len()), workloads.len()) {
-            (Some(service), 1, 0) => Destination::Service(service.clone()),
-            (None, _, 1) => Destination::Workload(workloads[0].clone()),
-            (None, _, 0) => Destination::Unknown,
-            _ => Destination::Conflict,
+    /// Whether a port of an external address, or of all nodes, leads to a service with an enrolled endpoint.
+    pub fn is_meshed(&self, target: Target) -> bool {
+        match target {
+            Target::Address(ip) => matches!(self.kind(ip), AddressKind::Meshed | AddressKind::Enrolled),
+            Target::Port(at) => self.frontends.external(at).any(|s| self.has_enrolled(s)),
+            Target::NodePort(port) => self.frontends.node_port(port).any(|s| self.has_enrolled(s)),
+        }
+    }
+
+    fn has_enrolled(&self, service: &Service) -> bool {
+        self.endpoints.get(&service.key).is_some_and(Endpoints::has_enrolled)
+    }
+
+    fn owner(&self, ip: IpAddr) -> Owner<'_> {
+        let (services, workloads) = (self.services_at.get(&ip), self.workloads_at.get(&ip));
+        let mut services = services.into_iter().flatten();
+        let mut workloads = workloads.into_iter().flatten();
+        match (services.next(), services.next(), workloads.next(), workloads.next()) {
+            (None, _, None, _) => Owner::Nobody,
+            (Some(service), None, None, _) => Owner::Service(service),
+            (None, _, Some(workload), None) => Owner::Workload(workload),
+            _ => Owner::Conflict,
+        }
+    }
+
+    /// Who is meant by `to`.
+    pub fn destination(&self, to: SocketAddr) -> Destination {
+        let owner = self.owner(to.ip());
+        match owner {
+            Owner::Conflict => return Destination::Conflict,
+            Owner::Service(service) => {
+                return Destination::Service { service: service.clone(), port: to.port() };
+            }
+            Owner::Workload(w) if w.tunnel == Tunnel::Hbone => return Destination::Workload(w.clone()),
+            Owner::Workload(_) | Owner::Nobody => {}
+        }
+        let claims = self.frontends.claims(to);
+        if claims.iter().any(|(service, _)| self.has_enrolled(service)) {
+            return match claims[..] {
+                [(service, port)] => Destination::Service { service: service.clone(), port },
+                _ => Destination::Conflict,
+            };
+        }
+        match owner {
+            Owner::Workload(workload) => Destination::Workload(workload.clone()),
+            _ if self.frontends.is_node(to.ip()) || self.frontends.is_external(to.ip()) => {
+                Destination::Outside
+            }
+            _ => Destination::Unknown,
         }
     }
 
     /// The workload at `ip`, if exactly one claims it.
     pub fn workload_at(&self, ip: IpAddr) -> Option<Arc<Workload>> {
-        match self.destination(ip) {
-            Destination::Workload(w) => Some(w),
+        match self.owner(ip) {
+            Owner::Workload(w) => Some(w.clone()),
             _ => None,
         }
     }
@@ -230,22 +314,42 @@ impl Mesh {
         &self,
         service: &Service,
         port: u16,
+        caller: Caller<'_>,
         random: impl FnMut(usize) -> usize,
         load: impl Fn(&Workload) -> u64,
     ) -> Option<(Arc<Workload>, u16)> {
-        let all = &self.endpoints.get(&service.key)?.all;
-        let usable = |i: usize| {
-            all[i].healthy && !all[i].addresses.is_empty() && all[i].target_port(&service.key, port).is_some()
-        };
-        let workload = &all[balance::pick(all.len(), random, usable, |i| load(&all[i]))?];
-        Some((workload.clone(), workload.target_port(&service.key, port)?))
+        self.endpoints.get(&service.key)?.choose(service, port, caller, random, load)
+    }
+
+    /// As [`endpoint`](Self::endpoint), but the workload `uid` and nobody else, if it may still be given to the caller.
+    pub fn endpoint_again(
+        &self,
+        service: &Service,
+        port: u16,
+        caller: Caller<'_>,
+        uid: &str,
+    ) -> Option<(Arc<Workload>, u16)> {
+        let workload = self.workload(uid)?;
+        let is_near = caller.nearness(service) != Nearness::OnlyNode || &*workload.node == caller.node;
+        let is_well = workload.health == Health::Ready || service.accepts_unready;
+        let port = workload.target_port(&service.key, port)?;
+        (is_near && is_well && !workload.addresses.is_empty()).then(|| (workload.clone(), port))
     }
 }
 
-#[derive(PartialEq, Eq, Hash)]
-enum Touched {
-    Address(IpAddr),
-    Service(Arc<str>),
+/// What a delta may have changed.
+#[derive(Default)]
+struct Touched {
+    targets: BTreeSet<Target>,
+    /// Services of which an endpoint changed.
+    services: HashSet<Arc<str>>,
+}
+
+/// Everything that leads to a service.
+fn targets_of(service: &Service) -> impl Iterator<Item = Target> {
+    let addresses = service.addresses.iter().chain(&service.external_addresses).copied().map(Target::Address);
+    let node_ports = service.node_ports.iter().map(|p| Target::NodePort(p.node_port));
+    addresses.chain(service.external_ports().map(Target::Port)).chain(node_ports)
 }
 
 fn remove_from<T: Clone>(map: &mut HashMap<IpAddr, Vector<T>>, ip: &IpAddr, is: impl Fn(&T) -> bool) {
@@ -258,15 +362,20 @@ fn remove_from<T: Clone>(map: &mut HashMap<IpAddr, Vector<T>>, ip: &IpAddr, is: 
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
-    use crate::{PortMapping, SpiffeId, TrustDomain};
+    use crate::{NodePort, PortMapping, SpiffeId, TrustDomain};
 
-    fn ip(s: &str) -> IpAddr {
+    pub(crate) fn ip(s: &str) -> IpAddr {
         s.parse().expect("an address")
     }
 
-    fn workload(name: &str, addresses: &[&str], tunnel: Tunnel, services: &[(&str, u16, u16)]) -> Entry {
+    pub(crate) fn workload(
+        name: &str,
+        addresses: &[&str],
+        tunnel: Tunnel,
+        services: &[(&str, u16, u16)],
+    ) -> Entry {
         let trust = TrustDomain::new("cluster.local").expect("valid");
         Entry::Workload(Arc::new(Workload {
             uid: format!("c//Pod/ns/{name}").into(),
@@ -275,11 +384,12 @@ mod tests {
             workload_name: name.into(),
             identity: SpiffeId::new(trust, "ns", name).expect("valid"),
             node: "n".into(),
+            zone: "".into(),
             network: "".into(),
             host_network: false,
             addresses: addresses.iter().map(|a| ip(a)).collect(),
             tunnel,
-            healthy: true,
+            health: Health::Ready,
             services: services
                 .iter()
                 .map(|&(s, service_port, target_port)| {
@@ -290,13 +400,47 @@ mod tests {
     }
 
     fn service(key: &str, addresses: &[&str]) -> Entry {
+        outer_service(key, addresses, 80, &[], None)
+    }
+
+    /// One that also takes connections to external addresses, and to a port of every node.
+    pub(crate) fn outer_service(
+        key: &str,
+        addresses: &[&str],
+        port: u16,
+        external: &[&str],
+        node_port: Option<u16>,
+    ) -> Entry {
         Entry::Service(Arc::new(Service {
             key: key.into(),
             name: key.into(),
             namespace: "ns".into(),
             addresses: addresses.iter().map(|a| ip(a)).collect(),
-            ports: vec![PortMapping { service_port: 80, target_port: 8080 }],
+            ports: vec![PortMapping { service_port: port, target_port: 8080 }],
+            external_addresses: external.iter().map(|a| ip(a)).collect(),
+            node_ports: node_port
+                .map(|node_port| NodePort { service_port: port, node_port })
+                .into_iter()
+                .collect(),
+            nearness: Nearness::Any,
+            accepts_unready: false,
+            affinity: None,
         }))
+    }
+
+    /// Who answers there, in few words.
+    pub(crate) fn at(mesh: &Mesh, to: &str) -> String {
+        match mesh.destination(to.parse().expect("an address and a port")) {
+            Destination::Service { service, port } => format!("{} port {port}", service.key),
+            Destination::Workload(workload) => workload.name.to_string(),
+            Destination::Conflict => "conflict".to_owned(),
+            Destination::Outside => "outside".to_owned(),
+            Destination::Unknown => "unknown".to_owned(),
+        }
+    }
+
+    pub(crate) fn address(text: &str) -> Target {
+        Target::Address(ip(text))
     }
 
     #[test]
@@ -310,17 +454,17 @@ mod tests {
             ],
             [],
         );
-        assert_eq!(touched, BTreeSet::from([ip("10.0.0.1"), ip("10.96.0.1")]));
+        assert_eq!(touched, BTreeSet::from([address("10.0.0.1"), address("10.96.0.1")]));
         assert_eq!(mesh.kind(ip("10.0.0.1")), AddressKind::Unmeshed);
         assert_eq!(mesh.kind(ip("10.96.0.1")), AddressKind::Unmeshed);
 
         let touched = mesh.apply([workload("a", &["10.0.0.1"], Tunnel::Hbone, &[("ns/s", 80, 8080)])], []);
-        assert!(touched.contains(&ip("10.96.0.1")), "the service's address changed with its endpoint");
+        assert!(touched.contains(&address("10.96.0.1")), "the service's address changed with its endpoint");
         assert_eq!(mesh.kind(ip("10.0.0.1")), AddressKind::Enrolled);
         assert_eq!(mesh.kind(ip("10.96.0.1")), AddressKind::Meshed);
 
         let touched = mesh.apply([], ["c//Pod/ns/a".into()]);
-        assert!(touched.contains(&ip("10.0.0.1")));
+        assert!(touched.contains(&address("10.0.0.1")));
         assert_eq!(mesh.kind(ip("10.0.0.1")), AddressKind::Unknown);
         assert_eq!(mesh.kind(ip("10.96.0.1")), AddressKind::Unmeshed);
     }
@@ -330,7 +474,7 @@ mod tests {
         let mut mesh = Mesh::new("");
         mesh.apply([workload("old", &["10.0.0.1"], Tunnel::Hbone, &[])], []);
         mesh.apply([workload("new", &["10.0.0.1"], Tunnel::None, &[])], []);
-        assert!(matches!(mesh.destination(ip("10.0.0.1")), Destination::Conflict));
+        assert_eq!(at(&mesh, "10.0.0.1:80"), "conflict");
         assert_eq!(mesh.kind(ip("10.0.0.1")), AddressKind::Meshed);
         mesh.apply([], ["c//Pod/ns/old".into()]);
         assert_eq!(mesh.kind(ip("10.0.0.1")), AddressKind::Unmeshed);
@@ -370,20 +514,52 @@ mod tests {
                 service("ns/s", &["10.96.0.1"]),
                 workload("a", &["10.0.0.1"], Tunnel::None, &[("ns/s", 80, 8080)]),
                 workload("other", &["10.0.0.2"], Tunnel::None, &[("ns/s", 443, 8443)]),
-                Entry::Workload(Arc::new(Workload { healthy: false, ..(*sick).clone() })),
+                Entry::Workload(Arc::new(Workload { health: Health::Unready, ..(*sick).clone() })),
             ],
             [],
         );
-        let Destination::Service(s) = mesh.destination(ip("10.96.0.1")) else { panic!("no service") };
+        let Destination::Service { service: s, port: 80 } =
+            mesh.destination(SocketAddr::new(ip("10.96.0.1"), 80))
+        else {
+            panic!("no service")
+        };
+        let here = Caller { node: "n", zone: "", dialled: ip("10.96.0.1") };
         let mut n = 0;
         for _ in 0..100 {
             let random = |len: usize| {
                 n += 1;
                 n % len
             };
-            let (w, port) = mesh.endpoint(&s, 80, random, |_| 0).expect("an endpoint");
+            let (w, port) = mesh.endpoint(&s, 80, here, random, |_| 0).expect("an endpoint");
             assert_eq!((&*w.name, port), ("a", 8080));
         }
-        assert!(mesh.endpoint(&s, 81, |_| 0, |_| 0).is_none());
+        assert!(mesh.endpoint(&s, 81, here, |_| 0, |_| 0).is_none());
+    }
+
+    #[test]
+    fn the_same_endpoint_again_while_it_may_be_given() {
+        let mut mesh = Mesh::new("");
+        let Entry::Workload(a) = workload("a", &["10.0.0.1"], Tunnel::None, &[("ns/s", 80, 8080)]) else {
+            unreachable!()
+        };
+        mesh.apply([Entry::Workload(a.clone())], []);
+        let Entry::Service(any) = service("ns/s", &["10.96.0.1"]) else { unreachable!() };
+        let local = Service { nearness: Nearness::OnlyNode, ..(*any).clone() };
+        let (here, elsewhere) = (
+            Caller { node: "n", zone: "", dialled: ip("10.96.0.1") },
+            Caller { node: "m", zone: "", dialled: ip("10.96.0.1") },
+        );
+        let again = |mesh: &Mesh, service: &Service, port, caller| {
+            mesh.endpoint_again(service, port, caller, "c//Pod/ns/a").map(|(_, port)| port)
+        };
+        assert_eq!(again(&mesh, &any, 80, elsewhere), Some(8080));
+        assert_eq!(again(&mesh, &any, 81, here), None);
+        assert_eq!(again(&mesh, &local, 80, here), Some(8080));
+        assert_eq!(again(&mesh, &local, 80, elsewhere), None);
+        mesh.apply([Entry::Workload(Arc::new(Workload { health: Health::Unready, ..(*a).clone() }))], []);
+        assert_eq!(again(&mesh, &any, 80, here), None);
+        assert_eq!(again(&mesh, &Service { accepts_unready: true, ..(*any).clone() }, 80, here), Some(8080));
+        mesh.apply([], ["c//Pod/ns/a".into()]);
+        assert_eq!(again(&mesh, &any, 80, here), None);
     }
 }

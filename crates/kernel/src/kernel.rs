@@ -1,15 +1,16 @@
 //! One instance of the kernel's part: opening it, the capture set, and enrolling pods.
 
 use crate::{
-    Error, Netns, Options, Pod, PodAddresses, Verdict, debug_log, link,
+    Error, Netns, Options, Pod, PodAddresses, Target, Verdict, debug_log, link,
     maps::Maps,
     object::{self, Object},
     pins::{self, Pins, PodPin},
-    routes, sockets,
+    routes,
+    save::Save,
+    sockets,
     sys::AttachType,
     sysctl,
 };
-use ipnet::IpNet;
 use std::{
     collections::HashSet,
     fmt,
@@ -31,6 +32,7 @@ pub struct Shared {
     pub maps: Maps,
     pins: Pins,
     object: Object,
+    save: Save,
     /// Held while slots and pins change: picking a slot and taking it are two steps.
     enrolling: Mutex<()>,
 }
@@ -79,9 +81,9 @@ impl Kernel {
     /// programs. Changes nothing if a predecessor's layout is another. Blocks for some tens of milliseconds.
     pub fn open(options: Options) -> Result<Kernel, Error> {
         let object = Object::open(&options)?;
-        let cgroup = options.cgroup()?;
-        let failed = || format!("the cgroup {} could not be opened", cgroup.display());
-        let cgroup = File::open(&cgroup).map_err(Error::io(failed()))?;
+        let cgroup_root = options.cgroup()?;
+        let failed = || format!("the cgroup {} could not be opened", cgroup_root.display());
+        let cgroup = File::open(&cgroup_root).map_err(Error::io(failed()))?;
         // The id of a cgroup is its inode number.
         let cgroup_id = cgroup.metadata().map_err(Error::io(failed()))?.ino();
         let pins = Pins::open(&options)?;
@@ -99,26 +101,29 @@ impl Kernel {
                 |info| info.cgroup_id() == cgroup_id,
             )?;
         }
+        // After those, so that nothing is ever saved that they do not take.
+        let save = Save::load(&mut ebpf, cgroup_root, options.pods_cgroup)?;
+        save.open(&pins);
         let maps = Maps::take(&mut ebpf)?;
-        let shared = Arc::new(Shared { maps, pins, object, enrolling: Mutex::new(()) });
+        let shared = Arc::new(Shared { maps, pins, object, save, enrolling: Mutex::new(()) });
         if options.debug_log {
             debug_log::start(&mut ebpf, Arc::downgrade(&shared))?;
         }
         Ok(Kernel { shared })
     }
 
-    /// What to do with TCP connections of enrolled pods to `net`; the longest prefix counts. Host bits are ignored.
-    pub fn set_capture(&self, net: IpNet, verdict: Verdict) -> Result<(), Error> {
-        self.shared.maps.set_capture(net, verdict)
+    /// What to do with TCP connections of enrolled pods to `target`.
+    pub fn set_capture(&self, target: impl Into<Target>, verdict: Verdict) -> Result<(), Error> {
+        self.shared.maps.set_capture(target.into(), verdict)
     }
 
-    /// Forgets exactly this prefix; none is no error.
-    pub fn clear_capture(&self, net: IpNet) -> Result<(), Error> {
-        self.shared.maps.clear_capture(net)
+    /// Forgets exactly this target; none is no error.
+    pub fn clear_capture(&self, target: impl Into<Target>) -> Result<(), Error> {
+        self.shared.maps.clear_capture(target.into())
     }
 
     /// The whole capture set, as this or a predecessor left it.
-    pub fn capture_entries(&self) -> Result<Vec<(IpNet, Verdict)>, Error> {
+    pub fn capture_entries(&self) -> Result<Vec<(Target, Verdict)>, Error> {
         self.shared.maps.capture_entries()
     }
 
@@ -261,6 +266,7 @@ impl Shared {
         pin: PodPin,
         predecessor: Option<PodEntry>,
     ) -> Result<(TcpListener, u16), Error> {
+        self.save.attach(&self.pins);
         routes::install(netns, addresses)?;
         sysctl::apply(netns, addresses.v6.is_some())?;
         let (listener, port) = sockets::listener(netns)?;

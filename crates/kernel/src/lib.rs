@@ -23,13 +23,16 @@ mod pins;
 mod pod;
 pub mod preflight;
 mod routes;
+mod save;
 mod sockets;
 mod sys;
 mod sysctl;
+mod target;
 
 pub use error::Error;
 pub use kernel::{Counters, Kernel, PodRecord};
 pub use netns::Netns;
 pub use options::Options;
 pub use pod::{Pod, PodAddresses};
+pub use target::Target;
 pub use weft_ebpf_common::{LAYOUT_VERSION, MARK_AGENT, MARK_CAPTURED, MARK_MASK, TUNNEL_PORT, Verdict};

@@ -1,12 +1,11 @@
 //! The shared maps as user space writes them: at the rate of the control plane, so a lock each is fine. What the data
 //! path writes (`OWN`) has none.
 
-use crate::{Error, Verdict};
+use crate::{Error, Target, Verdict};
 use aya::{
     Ebpf,
     maps::{HashMap, LpmTrie, Map, MapData, MapError, PerCpuArray, SockMap, lpm_trie},
 };
-use ipnet::{IpNet, Ipv4Net};
 use std::{
     net::{IpAddr, TcpListener},
     os::fd::{AsFd, BorrowedFd},
@@ -91,22 +90,21 @@ impl Maps {
         }
     }
 
-    pub fn set_capture(&self, net: IpNet, verdict: Verdict) -> Result<(), Error> {
-        lock(&self.capture).insert(&capture_key(net), verdict as u32, 0).map_err(Error::map("CAPTURE"))
+    pub fn set_capture(&self, target: Target, verdict: Verdict) -> Result<(), Error> {
+        lock(&self.capture).insert(&capture_key(target), verdict as u32, 0).map_err(Error::map("CAPTURE"))
     }
 
-    pub fn clear_capture(&self, net: IpNet) -> Result<(), Error> {
-        absent_is_fine(lock(&self.capture).remove(&capture_key(net))).map_err(Error::map("CAPTURE"))
+    pub fn clear_capture(&self, target: Target) -> Result<(), Error> {
+        absent_is_fine(lock(&self.capture).remove(&capture_key(target))).map_err(Error::map("CAPTURE"))
     }
 
-    pub fn capture_entries(&self) -> Result<Vec<(IpNet, Verdict)>, Error> {
+    pub fn capture_entries(&self) -> Result<Vec<(Target, Verdict)>, Error> {
         let mut entries = Vec::new();
         for entry in lock(&self.capture).iter() {
             let (key, verdict) = entry.map_err(Error::map("CAPTURE"))?;
-            let network = LpmKey::from_parts(key.prefix_len(), key.data()).as_tcp_network();
             // What this layout cannot express is not ours to report.
-            let net = network.and_then(|(ip, prefix)| IpNet::new(ip, prefix).ok());
-            entries.extend(net.zip(Verdict::from_u32(verdict)));
+            let target = LpmKey::from_parts(key.prefix_len(), key.data()).target().and_then(Target::from_key);
+            entries.extend(target.zip(Verdict::from_u32(verdict)));
         }
         Ok(entries)
     }
@@ -146,35 +144,7 @@ fn absent_is_fine(result: Result<(), MapError>) -> Result<(), MapError> {
     }
 }
 
-fn capture_key(net: IpNet) -> lpm_trie::Key<CaptureKey> {
-    let net = canonical(net.trunc());
-    let key =
-        LpmKey::tcp_network(net.network(), net.prefix_len()).expect("an IpNet's prefix fits its address");
-    let (bits, data) = key.into_parts();
+fn capture_key(target: Target) -> lpm_trie::Key<CaptureKey> {
+    let (bits, data) = target.key().into_parts();
     lpm_trie::Key::new(bits, data)
-}
-
-/// A v4-mapped network is the IPv4 network: no connection is ever looked up by the mapped form.
-fn canonical(net: IpNet) -> IpNet {
-    let IpNet::V6(v6) = net else { return net };
-    let mapped = v6.network().to_ipv4_mapped().zip(v6.prefix_len().checked_sub(96));
-    mapped.and_then(|(ip, prefix)| Ipv4Net::new(ip, prefix).ok()).map_or(net, IpNet::V4)
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn mapped_networks_are_ipv4() {
-        for (given, expected) in [
-            ("::ffff:10.0.0.0/104", "10.0.0.0/8"),
-            ("::ffff:10.1.2.3/128", "10.1.2.3/32"),
-            ("10.0.0.0/8", "10.0.0.0/8"),
-            ("2001:db8::/32", "2001:db8::/32"),
-            ("::/0", "::/0"),
-        ] {
-            assert_eq!(canonical(given.parse().unwrap()), expected.parse::<IpNet>().unwrap(), "{given}");
-        }
-    }
 }

@@ -12,6 +12,8 @@ pub struct Options {
     pub bpffs: PathBuf,
     /// The root of cgroup2; found among the mounts if not given.
     pub cgroup_root: Option<PathBuf>,
+    /// The cgroup below which all pods' processes are; a kubelet's is found if not given. It may come later than this.
+    pub pods_cgroup: Option<PathBuf>,
     /// An object file instead of the embedded one, for developing the programs.
     pub object: Option<PathBuf>,
     /// One line for each connection captured or refused, as `tracing` events of the target `weft_ebpf`.
@@ -24,6 +26,7 @@ impl Default for Options {
             instance: "weft".into(),
             bpffs: "/sys/fs/bpf".into(),
             cgroup_root: None,
+            pods_cgroup: None,
             object: None,
             debug_log: false,
         }

@@ -88,13 +88,13 @@ impl Pins {
 }
 
 /// Removes every pin of the instance, whatever its layout. Links go first, so that no program runs without its maps
-/// being what it knows.
+/// being what it knows, and of those first the ones that save for others to take.
 pub fn remove_all(options: &Options) -> Result<(), Error> {
     check_bpffs(&options.bpffs)?;
     let instance = options.instance_dir()?;
     for version in entries(&instance)? {
         let dir = instance.join(version);
-        for name in ["connect4", "connect6"] {
+        for name in ["save4", "save6", "connect4", "connect6"] {
             link::remove(&dir.join(name))?;
         }
         let pods = dir.join("pods");

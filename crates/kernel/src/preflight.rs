@@ -1,6 +1,6 @@
 //! What this kernel must have, tried where it can be tried: version numbers lie on distributions that backport.
 
-use crate::{Options, sys};
+use crate::{Options, save, sys};
 use aya::{
     maps::MapType,
     programs::ProgramType,
@@ -65,13 +65,21 @@ fn files(options: &Options) -> Vec<Check> {
         .is_ok_and(|stat| stat.filesystem_type() == nix::sys::statfs::BPF_FS_MAGIC);
     let bpffs_state =
         if bpffs { State::Ok } else { State::Missing(format!("{} is not one", options.bpffs.display())) };
-    let cgroup = match options.cgroup() {
+    let root = options.cgroup();
+    let pods = root.as_ref().ok().and_then(|root| save::pods_cgroup(root, options.pods_cgroup.as_deref()));
+    let cgroup = match root {
         Ok(_) => State::Ok,
         Err(error) => State::Missing(error.to_string()),
     };
     let sysctl = |name: &str| present(Path::new("/proc/sys/net").join(name).exists());
     vec![
         check("cgroup2", "connect hooks", "mounted", cgroup),
+        check(
+            "a cgroup of all pods",
+            "Services beside others' hooks",
+            "a kubelet",
+            pods.map_or(State::Absent, |_| State::Ok),
+        ),
         check("bpffs", "pins that outlive the agent", "mounted", bpffs_state),
         check("tcp_fwmark_accept", "answers to the application", "3.16", sysctl("ipv4/tcp_fwmark_accept")),
         check("fwmark_reflect", "refusals by the application", "3.16", sysctl("ipv4/fwmark_reflect")),

@@ -18,6 +18,7 @@ const PROG_LOAD: c_long = 5;
 const OBJ_PIN: c_long = 6;
 const OBJ_GET: c_long = 7;
 const OBJ_GET_INFO_BY_FD: c_long = 15;
+const PROG_QUERY: c_long = 16;
 const LINK_CREATE: c_long = 28;
 const LINK_UPDATE: c_long = 29;
 const LINK_DETACH: c_long = 34;
@@ -66,6 +67,39 @@ pub fn link_create(
     };
     // SAFETY: the structure of BPF_LINK_CREATE, without pointers.
     unsafe { bpf_fd(LINK_CREATE, &mut attr) }
+}
+
+#[repr(C)]
+struct ProgramQuery {
+    target: i32,
+    attach_type: u32,
+    query_flags: u32,
+    attach_flags: u32,
+    ids: u64,
+    count: u32,
+    padding: u32,
+    program_attach_flags: u64,
+}
+
+/// Ids of the programs attached to a cgroup, in the order in which they run.
+pub fn attached_programs(cgroup: BorrowedFd<'_>, attach_type: AttachType) -> io::Result<Vec<u32>> {
+    /// BPF_CGROUP_MAX_PROGS: the kernel attaches no more of a kind.
+    const MOST: usize = 64;
+    let mut ids = vec![0; MOST];
+    let mut attr = ProgramQuery {
+        target: cgroup.as_raw_fd(),
+        attach_type: attach_type as u32,
+        query_flags: 0,
+        attach_flags: 0,
+        ids: ids.as_mut_ptr() as u64,
+        count: MOST as u32,
+        padding: 0,
+        program_attach_flags: 0,
+    };
+    // SAFETY: the structure of BPF_PROG_QUERY; `ids` outlives the call and has room for `count` of them.
+    unsafe { bpf(PROG_QUERY, &mut attr) }?;
+    ids.truncate(attr.count as usize);
+    Ok(ids)
 }
 
 #[repr(C)]

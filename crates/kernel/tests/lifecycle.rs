@@ -10,8 +10,8 @@ use std::{
     net::TcpStream,
     time::Duration,
 };
-use testbed::{PEER, POD, POD6, VIP, VIP6, World, accept, at, ends, ip, try_accept};
-use weft_kernel::{Error, Kernel, LAYOUT_VERSION, Netns, Options, PodAddresses, Verdict, preflight};
+use testbed::{PEER, PEER6, POD, POD6, VIP, VIP6, World, accept, at, ends, ip, network, try_accept};
+use weft_kernel::{Error, Kernel, LAYOUT_VERSION, Netns, Options, PodAddresses, Target, Verdict, preflight};
 
 fn dial(world: &World) -> std::io::Result<TcpStream> {
     world.pod.run(|| {
@@ -26,6 +26,15 @@ fn a_dead_agents_pods_are_refused_until_its_successor_takes_them_over() {
     let Some(world) = World::new() else { return };
     let (kernel, pod, listener) = world.published();
     kernel.refuse_source(ip(PEER)).unwrap();
+    let port = Target::Port(at(PEER6, 8080));
+    let more = [
+        (Target::from(ip(PEER)), Verdict::Node),
+        (port, Verdict::Capture),
+        (Target::NodePort(30080), Verdict::Capture),
+    ];
+    for (target, verdict) in more {
+        kernel.set_capture(target, verdict).unwrap();
+    }
     let (cookie, before) = (pod.cookie(), kernel.pods().unwrap());
     assert_eq!(before.len(), 1);
     assert_eq!(
@@ -39,10 +48,12 @@ fn a_dead_agents_pods_are_refused_until_its_successor_takes_them_over() {
     let kernel = Kernel::open(world.options.clone()).unwrap();
     assert_eq!(kernel.pods().unwrap(), before, "what the predecessor left is found");
     let mut capture = kernel.capture_entries().unwrap();
-    capture.sort_by_key(|(net, _)| net.to_string());
-    let nets: Vec<_> = capture.iter().map(|(net, verdict)| (net.to_string(), *verdict)).collect();
-    let expected = ["10.77.0.0/24", "10.96.0.0/12", "fd77::/64", "fd96::/64"];
-    assert_eq!(nets, expected.map(|net| (net.to_owned(), Verdict::Capture)));
+    capture.sort();
+    let ranges = ["10.77.0.0/24", "10.96.0.0/12", "fd77::/64", "fd96::/64"];
+    let ranges = ranges.map(|range| (Target::Network(network(range)), Verdict::Capture));
+    let mut expected = [&ranges[..], &more].concat();
+    expected.sort();
+    assert_eq!(capture, expected);
     assert_eq!(kernel.refused_sources().unwrap(), [ip(PEER)]);
     assert_eq!(dial(&world).unwrap_err().kind(), ErrorKind::ConnectionRefused, "opening alone serves nobody");
 

@@ -10,10 +10,10 @@ use std::{
     time::Duration,
 };
 use testbed::{
-    OUTSIDE, PEER, PEER6, POD, POD6, VIP, VIP6, World, accept, at, ends, established, ip, mark, read_all,
-    timed, try_accept,
+    OUTSIDE, PEER, PEER6, POD, POD6, VIP, VIP6, World, accept, at, ends, established, ip, mark, network,
+    read_all, timed, try_accept,
 };
-use weft_kernel::{MARK_AGENT, MARK_CAPTURED, Verdict};
+use weft_kernel::{MARK_AGENT, MARK_CAPTURED, Target, Verdict};
 
 /// Connects with a socket prepared by `prepare`, and gives back the connected socket.
 fn connect_with(
@@ -156,7 +156,7 @@ fn what_is_not_captured_is_plain_kernel_tcp() {
     // A node inside the pods' range, and a pod known to be outside the mesh: the longest prefix counts.
     world.peer.serve(at(PEER, 80), "peer");
     for verdict in [Verdict::Exempt, Verdict::LetGo] {
-        kernel.set_capture(format!("{PEER}/32").parse().unwrap(), verdict).unwrap();
+        kernel.set_capture(ip(PEER), verdict).unwrap();
         let app = connect_with(&world, Domain::IPV4, Protocol::TCP, at(PEER, 80), |_| {}).unwrap();
         assert_eq!(mark(&app), 0, "{verdict:?}");
         assert_eq!(read_all(&app), format!("peer {POD}"), "{verdict:?}");
@@ -165,10 +165,10 @@ fn what_is_not_captured_is_plain_kernel_tcp() {
     pod.set_published(false).unwrap();
     let app = connect_with(&world, Domain::IPV4, Protocol::TCP, at(PEER, 80), |_| {}).unwrap();
     assert_eq!((mark(&app), ends(&accept(&listener)).0), (MARK_CAPTURED, at(PEER, 80)));
-    kernel.set_capture(format!("{PEER}/32").parse().unwrap(), Verdict::Exempt).unwrap();
+    kernel.set_capture(ip(PEER), Verdict::Exempt).unwrap();
     assert_eq!(world.pod.fetch(at(PEER, 80)).unwrap(), format!("peer {POD}"));
     // Back in the range's own verdict.
-    kernel.clear_capture(format!("{PEER}/32").parse().unwrap()).unwrap();
+    kernel.clear_capture(ip(PEER)).unwrap();
     let _app = connect_with(&world, Domain::IPV4, Protocol::TCP, at(PEER, 80), |_| {}).unwrap();
     assert_eq!(ends(&accept(&listener)).0, at(PEER, 80));
     // A plain refusal is the peer's, at once, not the agent's.
@@ -178,12 +178,64 @@ fn what_is_not_captured_is_plain_kernel_tcp() {
 }
 
 #[test]
+fn of_a_nodes_address_only_some_ports_are_captured() {
+    let Some(world) = World::new() else { return };
+    let (kernel, pod, listener) = world.published();
+    // One of these is in a captured range and one is not; both families.
+    let nodes = [OUTSIDE, PEER, PEER6];
+    for address in nodes {
+        world.peer.serve(at(address, 22), "node");
+        world.peer.serve(at(address, 30080), "node");
+        world.peer.serve(at(address, 8080), "node");
+        kernel.set_capture(ip(address), Verdict::Node).unwrap();
+    }
+    let plain = |to| {
+        let text = world.pod.fetch(to).unwrap();
+        assert!(text.starts_with("node "), "{to}: {text}");
+    };
+    let captured = |to: SocketAddr| {
+        let app = connect_with(&world, Domain::for_address(to), Protocol::TCP, to, |_| {}).unwrap();
+        assert_eq!((mark(&app), ends(&accept(&listener)).0), (MARK_CAPTURED, to));
+    };
+    kernel.set_capture(Target::NodePort(30080), Verdict::Capture).unwrap();
+    kernel.set_capture(Target::Port(at(OUTSIDE, 8080)), Verdict::Capture).unwrap();
+    for address in nodes {
+        plain(at(address, 22));
+        captured(at(address, 30080));
+    }
+    captured(at(OUTSIDE, 8080));
+    plain(at(PEER, 8080));
+    plain(at(PEER6, 8080));
+    // v4-mapped, as a dual-stack socket dials it.
+    let mapped = at(&format!("::ffff:{PEER}"), 30080);
+    let _app = connect_with(&world, Domain::IPV6, Protocol::TCP, mapped, |_| {}).unwrap();
+    assert_eq!(ends(&accept(&listener)).0, at(PEER, 30080));
+
+    // An external address has no node ports.
+    kernel.set_capture(ip(OUTSIDE), Verdict::ByPort).unwrap();
+    plain(at(OUTSIDE, 30080));
+    captured(at(OUTSIDE, 8080));
+    // On hold nobody knows yet which ports are whose.
+    pod.set_published(false).unwrap();
+    captured(at(OUTSIDE, 22));
+    captured(at(PEER6, 22));
+    pod.set_published(true).unwrap();
+    plain(at(OUTSIDE, 22));
+
+    kernel.clear_capture(Target::NodePort(30080)).unwrap();
+    kernel.clear_capture(Target::Port(at(OUTSIDE, 8080))).unwrap();
+    plain(at(PEER, 30080));
+    plain(at(OUTSIDE, 8080));
+    assert!(try_accept(&listener, 100).is_none());
+}
+
+#[test]
 fn a_pod_talks_to_itself_without_the_agent() {
     let Some(world) = World::new() else { return };
     let (kernel, _pod, listener) = world.published();
     // Even where everything there is would be captured.
     for net in ["0.0.0.0/0", "::/0"] {
-        kernel.set_capture(net.parse().unwrap(), Verdict::Capture).unwrap();
+        kernel.set_capture(network(net), Verdict::Capture).unwrap();
     }
     world.pod.serve(at("0.0.0.0", 8080), "self");
     world.pod.serve(at("::1", 8081), "self6");

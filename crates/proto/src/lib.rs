@@ -25,6 +25,13 @@ pub mod node {
     tonic::include_proto!("weft.node.v1");
 }
 
+/// What [`workload`] has no field for.
+pub mod service {
+    tonic::include_proto!("weft.service.v1");
+}
+
+pub mod extension;
+
 /// Type URLs of the resources that travel over delta xDS.
 pub mod type_url {
     /// [`crate::workload::Address`], the same for every node.
@@ -33,6 +40,8 @@ pub mod type_url {
     pub const LOCAL_WORKLOAD: &str = "type.googleapis.com/weft.node.v1.LocalWorkload";
     /// [`crate::node::MeshConfig`], one resource.
     pub const MESH_CONFIG: &str = "type.googleapis.com/weft.node.v1.MeshConfig";
+    /// [`crate::node::Node`], the same for every node.
+    pub const NODE: &str = "type.googleapis.com/weft.node.v1.Node";
 }
 
 /// Name of the one [`node::MeshConfig`] resource.

@@ -2,8 +2,11 @@
 
 use weft_proto::type_url;
 
-/// Sort key of a type: the mesh's settings first, because reading the others takes them; then addresses; a node's own
-/// workloads last, the rest between.
+/// Sort key of a type: the mesh's settings first, because reading the others takes them; then nodes, and addresses; a
+/// node's own workloads last, the rest between.
+///
+/// An agent that starts anew must not take a node's address for that of an endpoint alone: it would stop capturing the
+/// node's ports until it heard better.
 ///
 /// A node's own workloads make its agent install capture. By then it must know the addresses of the same snapshot, or
 /// it would hold connections to peers it could have been told about.
@@ -17,9 +20,10 @@ impl TypeKey {
     pub(crate) fn new(url: &str) -> TypeKey {
         let rank = match url {
             type_url::MESH_CONFIG => 0,
-            type_url::ADDRESS => 1,
-            type_url::LOCAL_WORKLOAD => 3,
-            _ => 2,
+            type_url::NODE => 1,
+            type_url::ADDRESS => 2,
+            type_url::LOCAL_WORKLOAD => 4,
+            _ => 3,
         };
         TypeKey { rank, url: url.to_owned() }
     }

@@ -8,11 +8,13 @@
 
 mod address;
 mod capture;
+mod dialled;
 mod maps;
 mod pod;
 
 pub use address::Address;
-pub use capture::{CaptureKey, LpmKey, Verdict};
+pub use capture::{CaptureKey, CaptureTarget, LpmKey, Verdict};
+pub use dialled::Dialled;
 pub use maps::{MAPS, MapShape, MapType, PINNED};
 pub use pod::PodEntry;
 

@@ -1,5 +1,5 @@
-//! Getting into a list of network plugins, and out of it. Pure: text in, text out. Everything else in the list stays as it
-//! is, fields that nobody here knows included.
+//! Getting into a list of network plugins, and out of it; and making a list of a configuration that is none. Pure: text in,
+//! text out. Everything else stays as it is, fields that nobody here knows included.
 
 use std::path::Path;
 
@@ -12,8 +12,10 @@ use crate::{PLUGIN, VERSIONS};
 pub enum ConflistError {
     #[error("is no JSON: {0}")]
     Json(String),
-    #[error("is no list of plugins; only .conflist files can be chained")]
+    #[error("is no list of plugins")]
     NoList,
+    #[error("names no plugin: `type` is missing")]
+    NoPlugin,
     #[error("has cniVersion {0}, with which plugins cannot be chained; 0.3.1 to 1.1.0 can")]
     Version(String),
 }
@@ -21,18 +23,46 @@ pub enum ConflistError {
 /// The list with our plugin last, or None where it is there already, just so.
 pub fn insert(text: &str, settings: &Path) -> Result<Option<String>, ConflistError> {
     let mut list = parse(text)?;
+    Ok(put_last(&mut list, settings)?.then(|| print(&list)))
+}
+
+/// A list of the one plugin that this configuration is, with ours after it. It means what the configuration means: see
+/// ConfListFromConf in libcni.
+pub fn wrap(text: &str, settings: &Path) -> Result<String, ConflistError> {
+    let plugin = parse(text)?;
+    if !plugin["type"].is_string() {
+        return Err(ConflistError::NoPlugin);
+    }
+    let mut list = json!({"name": plugin["name"].as_str().unwrap_or_default()});
+    if let Some(version) = plugin.get("cniVersion") {
+        list["cniVersion"] = version.clone();
+    }
+    list["plugins"] = json!([plugin]);
+    put_last(&mut list, settings)?;
+    Ok(print(&list))
+}
+
+/// Whether the list has this configuration of one plugin in it, as it is now, whatever else is in the list.
+pub fn wraps(list: &str, text: &str) -> bool {
+    let (Ok(mut list), Ok(plugin)) = (parse(list), parse(text)) else { return false };
+    let same = ["name", "cniVersion"].iter().all(|field| list[*field].as_str() == plugin[*field].as_str());
+    same && plugins(&mut list).is_ok_and(|plugins| plugins.contains(&plugin))
+}
+
+/// Puts our plugin last; false where it is already.
+fn put_last(list: &mut Value, settings: &Path) -> Result<bool, ConflistError> {
     // Every pod of the node would fail, those outside the mesh too.
     if let Some(version) = list["cniVersion"].as_str().filter(|v| !v.is_empty() && !VERSIONS.contains(v)) {
         return Err(ConflistError::Version(version.to_owned()));
     }
     let ours = json!({"type": PLUGIN, "settings": settings});
-    let plugins = plugins(&mut list)?;
+    let plugins = plugins(list)?;
     if plugins.last() == Some(&ours) && plugins.iter().filter(|plugin| is_ours(plugin)).count() == 1 {
-        return Ok(None);
+        return Ok(false);
     }
     plugins.retain(|plugin| !is_ours(plugin));
     plugins.push(ours);
-    Ok(Some(print(&list)))
+    Ok(true)
 }
 
 /// The list without our plugin, or None where it is not there.
@@ -101,6 +131,47 @@ mod tests {
             let mut list: Value = serde_json::from_str(LIST).unwrap();
             list["cniVersion"] = json!(version);
             assert_eq!(insert(&list.to_string(), Path::new("/s")).is_ok(), goes_in, "{version:?}");
+        }
+    }
+
+    const LONE: &str = r#"{"cniVersion": "0.4.0", "name": "net", "type": "bridge", "new-field": {"b": 1},
+        "capabilities": {"portMappings": true}}"#;
+
+    #[test]
+    fn a_lone_plugin_becomes_a_list_that_means_the_same() {
+        let settings = Path::new("/s");
+        let wrapped = wrap(LONE, settings).unwrap();
+        let list: Value = serde_json::from_str(&wrapped).unwrap();
+        let lone: Value = serde_json::from_str(LONE).unwrap();
+        let ours = json!({"type": "weft-cni", "settings": "/s"});
+        assert_eq!(list, json!({"cniVersion": "0.4.0", "name": "net", "plugins": [lone, ours]}));
+        assert_eq!(insert(&wrapped, settings).unwrap(), None);
+        // As libcni has it where they are missing: no version, and an empty name.
+        let list: Value = serde_json::from_str(&wrap(r#"{"type": "bridge"}"#, settings).unwrap()).unwrap();
+        assert_eq!(list, json!({"name": "", "plugins": [{"type": "bridge"}, ours]}));
+        for (text, why) in [
+            (LONE.replace("0.4.0", "0.2.0"), ConflistError::Version("0.2.0".to_owned())),
+            (LIST.to_owned(), ConflistError::NoPlugin),
+            ("[]".to_owned(), ConflistError::NoPlugin),
+        ] {
+            assert_eq!(wrap(&text, settings), Err(why), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_list_is_known_as_made_of_a_lone_plugin_until_that_changes() {
+        let wrapped = wrap(LONE, Path::new("/s")).unwrap();
+        assert!(wraps(&wrapped, LONE));
+        let mut list: Value = serde_json::from_str(&wrapped).unwrap();
+        list["plugins"].as_array_mut().unwrap().insert(1, json!({"type": "bandwidth"}));
+        assert!(wraps(&list.to_string(), LONE), "somebody else is chained, too");
+        for (old, new) in
+            [("0.4.0", "1.0.0"), (r#""net""#, r#""other""#), ("bridge", "ptp"), ("true", "false")]
+        {
+            assert!(!wraps(&wrapped, &LONE.replace(old, new)), "{new}");
+        }
+        for text in ["", "{", "{}"] {
+            assert!(!wraps(&wrapped, text) && !wraps(text, LONE), "{text:?}");
         }
     }
 

@@ -3,7 +3,7 @@
 
 use std::{
     io::{self, Read, Write},
-    net::{TcpStream, ToSocketAddrs},
+    net::{SocketAddr, TcpStream},
     os::unix::net::UnixStream,
     path::Path,
     sync::Arc,
@@ -14,6 +14,7 @@ use rustls::{
     ClientConfig, ClientConnection, RootCertStore, StreamOwned,
     pki_types::{CertificateDer, ServerName, pem::PemObject},
 };
+use socket2::{Domain, SockAddr, Socket, Type};
 
 const CONNECT: Duration = Duration::from_secs(3);
 /// More than a Pod ever has; etcd stores no larger object.
@@ -26,18 +27,21 @@ pub struct Answer {
     pub body: Vec<u8>,
 }
 
-/// Asks over a Unix socket; the answer may take `limit`.
+/// Asks over a Unix socket; getting there may take `limit`, and the answer as long again.
 pub fn over_socket(socket: &Path, path: &str, body: &[u8], limit: Duration) -> io::Result<Answer> {
-    let stream = UnixStream::connect(socket)?;
+    // For want of a descriptor for the connection an agent may leave it unaccepted, and `connect` waits for a place in the
+    // queue as long as a write may take.
+    let stream = Socket::new(Domain::UNIX, Type::STREAM, None)?;
     stream.set_read_timeout(Some(limit))?;
     stream.set_write_timeout(Some(limit))?;
-    exchange(stream, &head("POST", path, "agent", None, body.len()), body)
+    stream.connect(&SockAddr::unix(socket)?)?;
+    exchange(UnixStream::from(stream), &head("POST", path, "agent", None, body.len()), body)
 }
 
 /// An API server and who asks it.
 #[derive(Debug, Clone, Copy)]
 pub struct ApiServer<'a> {
-    /// `HOST:PORT`.
+    /// `ADDRESS:PORT`.
     pub address: &'a str,
     /// PEM of the certificates that its certificate must chain to.
     pub ca: &'a str,
@@ -53,9 +57,11 @@ pub fn to_api(api: ApiServer<'_>, path: &str, body: Option<&[u8]>) -> io::Result
         let certificate = certificate.map_err(|error| invalid(format!("the API server's roots: {error}")))?;
         roots.add(certificate).map_err(|error| invalid(format!("the API server's roots: {error}")))?;
     }
-    let host = server.rsplit_once(':').map_or(server, |(host, _)| host);
-    let name = ServerName::try_from(host.trim_matches(['[', ']']).to_owned())
-        .map_err(|error| invalid(format!("{server}: {error}")))?;
+    // Names are not looked up: the plugin is linked to no C library that could ask a node's name services.
+    let address: SocketAddr = server
+        .parse()
+        .map_err(|_| invalid("no IP address and port; is KUBERNETES_SERVICE_HOST a name?".to_owned()))?;
+    let name = ServerName::from(address.ip());
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let config = ClientConfig::builder_with_provider(provider)
         .with_safe_default_protocol_versions()
@@ -64,8 +70,6 @@ pub fn to_api(api: ApiServer<'_>, path: &str, body: Option<&[u8]>) -> io::Result
         .with_no_client_auth();
     let session =
         ClientConnection::new(Arc::new(config), name).map_err(|error| invalid(error.to_string()))?;
-    let address =
-        server.to_socket_addrs()?.next().ok_or_else(|| invalid(format!("{server} has no address")))?;
     let stream = TcpStream::connect_timeout(&address, CONNECT)?;
     stream.set_read_timeout(Some(CONNECT))?;
     stream.set_write_timeout(Some(CONNECT))?;
@@ -114,6 +118,31 @@ mod tests {
             [&b""[..], b"HTTP/1.1 200", b"SSH-2.0\r\n\r\n", b"HTTP/1.1 x\r\n\r\n", b"\xff\r\n\r\n"]
         {
             assert!(parse(nonsense).is_none(), "{nonsense:?}");
+        }
+    }
+
+    #[test]
+    fn an_agent_that_accepts_nobody_is_given_up() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("agent.sock");
+        let address = SockAddr::unix(&path).unwrap();
+        let [listener, waiting] = [(); 2].map(|()| Socket::new(Domain::UNIX, Type::STREAM, None).unwrap());
+        listener.bind(&address).unwrap();
+        // There is a place for one in this queue.
+        listener.listen(0).unwrap();
+        waiting.connect(&address).unwrap();
+        let (tell, told) = std::sync::mpsc::channel();
+        // It would not end, otherwise.
+        std::thread::spawn(move || tell.send(over_socket(&path, "/", b"", Duration::from_millis(200))));
+        let answer = told.recv_timeout(Duration::from_secs(10)).expect("it still waits");
+        assert_eq!(answer.unwrap_err().kind(), io::ErrorKind::WouldBlock);
+    }
+
+    #[test]
+    fn an_api_server_is_an_address_and_not_a_name() {
+        for address in ["localhost:443", "127.0.0.1", "::1:443"] {
+            let error = to_api(ApiServer { address, ca: "", token: "" }, "/", None).unwrap_err().to_string();
+            assert!(error.contains("no IP address"), "{address}: {error}");
         }
     }
 }

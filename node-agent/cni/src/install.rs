@@ -1,15 +1,27 @@
 //! Putting the plugin on a node and keeping it there: the binary, its settings, and its place in the network configuration.
 //! Every file appears whole or not at all: it is written beside its place and renamed within the directory, which is also
 //! what a container runtime notices.
+//!
+//! A `.conflist` gets the plugin as one more entry. A `.conf` or `.json` holds one plugin and has room for no other: for
+//! `NAME.conf` there is `NAME.conf.weft.conflist`, a list of that plugin and ours, and then the original is renamed to
+//! `NAME.conf.weft-saved`, which no runtime reads. The list's name comes next after the original's, so before, between and
+//! after these two steps the runtime finds this network, and no other. If somebody writes `NAME.conf` anew the runtime uses
+//! it, without our plugin, until the agent looks again.
 
 use std::{
-    fs::{self, OpenOptions, Permissions},
+    collections::BTreeSet,
+    fs::{self, File, OpenOptions, Permissions},
     io::{self, Write},
     os::unix::fs::{OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
 };
 
 use crate::{PLUGIN, conflist, settings, settings::Settings};
+
+/// What the name of the list ends with that stands for a configuration of one plugin.
+const LIST: &str = ".weft.conflist";
+/// What such a configuration is called meanwhile.
+const SAVED: &str = ".weft-saved";
 
 /// The directories of one node.
 #[derive(Debug, Clone)]
@@ -41,7 +53,7 @@ impl Installation {
 
     /// Writes the plugin's settings, unless the same are there.
     pub fn put_settings(&self, settings: &Settings) -> Result<(), InstallError> {
-        let to = self.conf_dir.join(settings::FILE);
+        let to = self.settings();
         if let Some(dir) = to.parent() {
             fs::create_dir_all(dir).map_err(at(dir))?;
         }
@@ -55,16 +67,52 @@ impl Installation {
     /// Puts the plugin last in the configuration that the runtime uses, unless it is there. Says whether it was not.
     pub fn join(&self) -> Result<bool, InstallError> {
         let path = self.network()?;
-        let text = fs::read_to_string(&path).map_err(at(&path))?;
-        let conflist = |source| InstallError::Conflist { path: path.clone(), source };
-        match conflist::insert(&text, &self.conf_dir.join(settings::FILE)).map_err(conflist)? {
-            Some(text) => rewrite(&path, &text).map(|()| true),
+        if path.extension().is_some_and(|extension| extension == "conflist") {
+            self.insert(&path)
+        } else {
+            self.wrap(&path)
+        }
+    }
+
+    fn insert(&self, path: &Path) -> Result<bool, InstallError> {
+        let text = fs::read_to_string(path).map_err(at(path))?;
+        // Whoever owns the original may have written to it after it was read, or under the name that it has now.
+        if let Some(saved) = original_of(path).map(|original| with(&original, SAVED))
+            && let Some(original) =
+                absent_is_fine(fs::read_to_string(&saved).map(Some)).map_err(at(&saved))?
+            && !conflist::wraps(&text, &original)
+        {
+            let text = conflist::wrap(&original, &self.settings()).map_err(in_conflist(&saved))?;
+            return rewrite(path, &text).map(|()| true);
+        }
+        match conflist::insert(&text, &self.settings()).map_err(in_conflist(path))? {
+            Some(text) => rewrite(path, &text).map(|()| true),
             None => Ok(false),
         }
     }
 
+    fn wrap(&self, path: &Path) -> Result<bool, InstallError> {
+        let text = fs::read_to_string(path).map_err(at(path))?;
+        let list = with(path, LIST);
+        let text = conflist::wrap(&text, &self.settings()).map_err(in_conflist(path))?;
+        write(&list, text.as_bytes(), mode_of(path)?)?;
+        // Only now, so that there is always one of them. Not there any more: while agents are replaced there are two.
+        absent_is_fine(rename(path, &with(path, SAVED))).map_err(at(path))?;
+        self.insert(&list).map(|_| true)
+    }
+
     /// Undoes all of it. A part that is not there is no error.
     pub fn remove(&self) -> Result<(), InstallError> {
+        for original in self.wrapped()? {
+            let saved = with(&original, SAVED);
+            // One that is there is newer.
+            if fs::symlink_metadata(&original).is_err() {
+                absent_is_fine(rename(&saved, &original)).map_err(at(&original))?;
+            }
+            for path in [saved, with(&original, LIST)] {
+                absent_is_fine(fs::remove_file(&path)).map_err(at(&path))?;
+            }
+        }
         for path in self.networks()? {
             let Ok(text) = fs::read_to_string(&path) else { continue };
             // What is no list has never had us in it.
@@ -72,7 +120,7 @@ impl Installation {
                 rewrite(&path, &text)?;
             }
         }
-        let settings = self.conf_dir.join(settings::FILE);
+        let settings = self.settings();
         for path in [&settings, &self.bin_dir.join(PLUGIN)] {
             absent_is_fine(fs::remove_file(path)).map_err(at(path))?;
         }
@@ -86,14 +134,41 @@ impl Installation {
     }
 
     fn networks(&self) -> Result<Vec<PathBuf>, InstallError> {
-        let entries = fs::read_dir(&self.conf_dir).map_err(at(&self.conf_dir))?;
         let is_network =
             |path: &PathBuf| path.extension().is_some_and(|e| e == "conf" || e == "conflist" || e == "json");
-        let files = entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| !kind.is_dir()));
-        let mut found: Vec<_> = files.map(|entry| entry.path()).filter(is_network).collect();
-        found.sort();
-        Ok(found)
+        Ok(self.files()?.into_iter().filter(is_network).collect())
     }
+
+    /// What configurations of one plugin are called that have a list in their place, or had one.
+    fn wrapped(&self) -> Result<BTreeSet<PathBuf>, InstallError> {
+        Ok(self.files()?.iter().filter_map(|path| original_of(path)).collect())
+    }
+
+    /// Everything in the directory of network configurations that is no directory itself, by name.
+    fn files(&self) -> Result<Vec<PathBuf>, InstallError> {
+        let entries = fs::read_dir(&self.conf_dir).map_err(at(&self.conf_dir))?;
+        let files = entries.flatten().filter(|entry| entry.file_type().is_ok_and(|kind| !kind.is_dir()));
+        let mut files: Vec<_> = files.map(|entry| entry.path()).collect();
+        files.sort();
+        Ok(files)
+    }
+
+    fn settings(&self) -> PathBuf {
+        self.conf_dir.join(settings::FILE)
+    }
+}
+
+/// `NAME.conf` of `NAME.conf.weft.conflist` and of `NAME.conf.weft-saved`.
+fn original_of(path: &Path) -> Option<PathBuf> {
+    let name = path.file_name()?.to_str()?;
+    let original = name.strip_suffix(LIST).or_else(|| name.strip_suffix(SAVED))?;
+    Some(path.with_file_name(original))
+}
+
+fn with(path: &Path, ending: &str) -> PathBuf {
+    let mut path = path.as_os_str().to_owned();
+    path.push(ending);
+    path.into()
 }
 
 fn at(path: &Path) -> impl FnOnce(io::Error) -> InstallError + use<> {
@@ -101,17 +176,25 @@ fn at(path: &Path) -> impl FnOnce(io::Error) -> InstallError + use<> {
     move |source| InstallError::Io { path, source }
 }
 
-fn absent_is_fine(result: io::Result<()>) -> io::Result<()> {
+fn in_conflist(path: &Path) -> impl FnOnce(conflist::ConflistError) -> InstallError + use<> {
+    let path = path.to_owned();
+    move |source| InstallError::Conflist { path, source }
+}
+
+fn absent_is_fine<T: Default>(result: io::Result<T>) -> io::Result<T> {
     match result {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(T::default()),
         result => result,
     }
 }
 
 /// A file of another component, which may not want everybody to read it.
 fn rewrite(path: &Path, text: &str) -> Result<(), InstallError> {
-    let mode = fs::metadata(path).map_err(at(path))?.permissions().mode();
-    write(path, text.as_bytes(), mode & 0o7777)
+    write(path, text.as_bytes(), mode_of(path)?)
+}
+
+fn mode_of(path: &Path) -> Result<u32, InstallError> {
+    Ok(fs::metadata(path).map_err(at(path))?.permissions().mode() & 0o7777)
 }
 
 fn write(to: &Path, content: &[u8], mode: u32) -> Result<(), InstallError> {
@@ -125,67 +208,16 @@ fn write(to: &Path, content: &[u8], mode: u32) -> Result<(), InstallError> {
         file.set_permissions(Permissions::from_mode(mode))?;
         file.write_all(content)?;
         file.sync_all()?;
-        fs::rename(&beside, to)
+        rename(&beside, to)
     };
     put().map_err(at(to))
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_node_is_as_it_was_after_removal() {
-        let dir = tempfile::tempdir().unwrap();
-        let node = Installation { conf_dir: dir.path().join("conf"), bin_dir: dir.path().join("bin") };
-        for dir in [&node.conf_dir, &node.bin_dir] {
-            fs::create_dir(dir).unwrap();
-        }
-        assert!(matches!(node.join(), Err(InstallError::NoNetwork(_))));
-        let list =
-            "{\n  \"name\": \"net\",\n  \"plugins\": [\n    {\n      \"type\": \"bridge\"\n    }\n  ]\n}\n";
-        let (first, second) = (node.conf_dir.join("10-a.conflist"), node.conf_dir.join("20-b.conflist"));
-        fs::write(&first, list).unwrap();
-        fs::write(&second, list).unwrap();
-        fs::set_permissions(&first, Permissions::from_mode(0o600)).unwrap();
-        // None of these is a configuration, for a runtime.
-        fs::write(node.conf_dir.join("00-half.conflist.tmp"), "half").unwrap();
-        fs::create_dir(node.conf_dir.join("00-directory.conf")).unwrap();
-
-        let program = dir.path().join("program");
-        fs::write(&program, "the plugin").unwrap();
-        node.put_program(&program).unwrap();
-        node.put_settings(&Settings::default()).unwrap();
-        assert!(node.join().unwrap());
-        assert!(!node.join().unwrap(), "again");
-        assert!(fs::read_to_string(&first).unwrap().contains(PLUGIN));
-        assert_eq!(fs::read_to_string(&second).unwrap(), list, "the runtime does not use this one");
-        let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
-        assert_eq!(mode(&node.conf_dir.join(settings::FILE)), 0o600);
-        assert_eq!(mode(&node.bin_dir.join(PLUGIN)), 0o755);
-        assert_eq!(mode(&first), 0o600, "as it was");
-
-        // Another component writes its configuration anew.
-        fs::write(&first, list).unwrap();
-        assert!(node.join().unwrap());
-        node.remove().unwrap();
-        node.remove().unwrap();
-        assert_eq!(fs::read_to_string(&first).unwrap(), list);
-        assert_eq!(fs::read_dir(&node.bin_dir).unwrap().count(), 0);
-        assert!(!node.conf_dir.join("weft.d").exists());
-        assert_eq!(mode(&first), 0o600, "still as it was");
-    }
-
-    #[test]
-    fn the_runtime_picks_the_first_by_name_and_so_do_we() {
-        let dir = tempfile::tempdir().unwrap();
-        let node = Installation { conf_dir: dir.path().to_owned(), bin_dir: dir.path().to_owned() };
-        for name in ["20.conflist", "10.conf", "10.conflist", ".hidden.conflist"] {
-            fs::write(dir.path().join(name), "").unwrap();
-        }
-        for name in [".hidden.conflist", "10.conf", "10.conflist", "20.conflist"] {
-            assert_eq!(node.network().unwrap(), dir.path().join(name));
-            fs::remove_file(dir.path().join(name)).unwrap();
-        }
-    }
+/// Within a directory, and on the disk when it returns: what is done next must not get there first.
+fn rename(from: &Path, to: &Path) -> io::Result<()> {
+    fs::rename(from, to)?;
+    to.parent().map_or(Ok(()), |dir| File::open(dir)?.sync_all())
 }
+
+#[cfg(test)]
+mod tests;

@@ -40,6 +40,7 @@ const INVALID_ENVIRONMENT: u32 = 4;
 const UNREADABLE: u32 = 6;
 const INVALID_CONFIG: u32 = 7;
 const TRY_AGAIN_LATER: u32 = 11;
+const UNAVAILABLE: u32 = 50;
 
 impl Failure {
     fn new(code: u32, message: impl Into<String>) -> Self {
@@ -114,11 +115,23 @@ fn run(config: &Value) -> Result<Option<Value>, Failure> {
             }
             add(config, &variable("CNI_ARGS"), &variable("CNI_NETNS")).map(Some)
         }
-        // What the agent protects it looks after itself, until the pod's network is gone; a node without agent is still good
-        // for pods outside the mesh.
-        "DEL" | "CHECK" | "GC" | "STATUS" => Ok(None),
+        "STATUS" => status(config).map(|()| None),
+        // Nothing is kept for an attachment. What protects a pod the agent keeps in the kernel, and looks after until the
+        // pod's network is gone.
+        "DEL" | "GC" => Ok(None),
+        // That protection outlives the agent; an agent that has just started may not know the pod again yet. A runtime may
+        // take an error for a pod that is broken for good, and that is not known here. `weft check` has more to say.
+        "CHECK" => Ok(None),
         other => Err(Failure::new(INVALID_ENVIRONMENT, format!("CNI_COMMAND is {other:?}"))),
     }
+}
+
+/// Whether pods can be added at all. That the agent does not answer is no reason to say no: pods outside the mesh start
+/// without it, and those of the mesh are each told why they wait. Runtimes report a no as the whole node's network being
+/// down. Kubernetes then keeps every pod from starting there, and evicts those that run after a while: the controller, too,
+/// without which an agent cannot protect anything. After a reboot nothing would ever come up.
+fn status(config: &Value) -> Result<(), Failure> {
+    settings(config).map(drop).map_err(|failure| Failure { code: UNAVAILABLE, ..failure })
 }
 
 /// A configuration that names no version is from before there was one, and passes: only its form of addresses differs.

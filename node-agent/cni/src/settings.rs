@@ -14,7 +14,7 @@ pub const FILE: &str = "weft.d/cni.json";
 pub struct Settings {
     /// The agent's socket.
     pub socket: PathBuf,
-    /// The API server, `HOST:PORT`, for when the agent does not answer.
+    /// The API server, `ADDRESS:PORT`, for when the agent does not answer.
     pub api_server: String,
     /// PEM of the certificates that the API server's must chain to.
     pub api_ca: String,

@@ -48,10 +48,15 @@ impl NodeCgroups {
         Ok(NodeCgroups(directories))
     }
 
+    /// Those that pods' are made below, with the first of them.
+    pub fn pods(&self) -> impl Iterator<Item = PathBuf> {
+        self.0.iter().map(|directory| directory.join("kubepods"))
+    }
+
     /// A pod's, made below them under the name that a kubelet with the cgroupfs driver gives it.
     pub fn pod(&self, uid: &str) -> Result<NodeCgroups> {
-        let path = Path::new("kubepods").join(format!("pod{uid}"));
-        let directories: Vec<_> = self.0.iter().map(|directory| directory.join(&path)).collect();
+        let name = format!("pod{uid}");
+        let directories: Vec<_> = self.pods().map(|pods| pods.join(&name)).collect();
         for directory in &directories {
             std::fs::create_dir_all(directory).with_context(|| directory.display().to_string())?;
         }

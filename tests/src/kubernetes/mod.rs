@@ -22,7 +22,7 @@ use anyhow::{Context, Result, bail, ensure};
 
 pub use api::{Api, AuditedRequest};
 pub use bare::{ApiCluster, SYSTEM, agent_pod_name, documents, running_pod};
-pub use cgroup::obstacle;
+pub use cgroup::{NodeCgroups, obstacle};
 pub use control_plane::{ControlPlane, DNS_ADDRESS, POD_CIDR, SERVICE_CIDR};
 pub use node::KubeNode;
 
@@ -78,7 +78,7 @@ impl KubeCluster {
                 Ok((!found.is_empty()).then_some(found))
             })?;
             let found: Vec<_> = found.split_whitespace().collect();
-            node.write_cni(&found)?;
+            node.write_cni("10-test.conflist", &found)?;
             ranges.extend(found.into_iter().map(|range| (node.place(), range.to_owned())));
         }
         let machines = self.nodes.iter().map(KubeNode::place).chain([&self.topology.control]);

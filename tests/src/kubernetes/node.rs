@@ -137,23 +137,28 @@ impl KubeNode {
         Ok(String::from_utf8_lossy(&output).into_owned())
     }
 
-    /// Gives the node its ranges of pods' addresses: the `bridge` plugin chained with `portmap`.
-    pub fn write_cni(&self, pod_cidrs: &[&str]) -> Result<()> {
+    /// Gives the node its ranges of pods' addresses, in a network configuration of that name: the `bridge` plugin, and in
+    /// a `.conflist` `portmap` chained after it.
+    pub fn write_cni(&self, file: &str, pod_cidrs: &[&str]) -> Result<()> {
         let ranges: Vec<_> = pod_cidrs.iter().map(|cidr| format!(r#"[{{"subnet": "{cidr}"}}]"#)).collect();
-        let ranges = ranges.join(", ");
-        let dir = self.place.dir().join("root/etc/cni/net.d");
-        let list = format!(
-            r#"{{"cniVersion": "0.4.0", "name": "test", "plugins": [
-  {{"type": "bridge", "bridge": "cni0", "isGateway": true, "hairpinMode": true,
-   "ipam": {{"type": "host-local", "ranges": [{ranges}],
-            "routes": [{{"dst": "0.0.0.0/0"}}, {{"dst": "::/0"}}]}}}},
-  {{"type": "portmap", "capabilities": {{"portMappings": true}}}}]}}
-"#
+        let network = r#""cniVersion": "0.4.0", "name": "test""#;
+        let bridge = format!(
+            r#""type": "bridge", "bridge": "cni0", "isGateway": true, "hairpinMode": true,
+  "ipam": {{"type": "host-local", "ranges": [{}],
+           "routes": [{{"dst": "0.0.0.0/0"}}, {{"dst": "::/0"}}]}}"#,
+            ranges.join(", ")
         );
+        let text = if file.ends_with(".conflist") {
+            let portmap = r#"{"type": "portmap", "capabilities": {"portMappings": true}}"#;
+            format!("{{{network}, \"plugins\": [\n {{{bridge}}},\n {portmap}]}}\n")
+        } else {
+            format!("{{{network}, {bridge}}}\n")
+        };
+        let dir = self.place.dir().join("root/etc/cni/net.d");
         // Renamed within the directory: containerd 1.6 does not look when a file arrives from elsewhere.
-        let beside = dir.join(".10-test.conflist");
-        std::fs::write(&beside, list).with_context(|| beside.display().to_string())?;
-        std::fs::rename(&beside, dir.join("10-test.conflist")).context("the node's CNI configuration")
+        let beside = dir.join(format!("{file}.new"));
+        std::fs::write(&beside, text).with_context(|| beside.display().to_string())?;
+        std::fs::rename(&beside, dir.join(file)).context("the node's CNI configuration")
     }
 }
 

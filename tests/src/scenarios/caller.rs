@@ -23,7 +23,7 @@ use weft_testbed::Place;
 /// The name that the controller's certificate carries.
 const SERVER_NAME: &str = "weft-control";
 const LIMIT: Duration = Duration::from_secs(10);
-const TYPES: [&str; 3] = [type_url::MESH_CONFIG, type_url::ADDRESS, type_url::LOCAL_WORKLOAD];
+const TYPES: [&str; 4] = [type_url::MESH_CONFIG, type_url::NODE, type_url::ADDRESS, type_url::LOCAL_WORKLOAD];
 
 /// Versions of resources by type URL and name.
 pub type Versions = BTreeMap<(String, String), String>;

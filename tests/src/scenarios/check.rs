@@ -80,10 +80,10 @@ fn no_network_configuration(kube: &KubeCluster) -> Result<()> {
         "no configuration",
         "the CNI plugin is in every node's network configuration",
         cause,
-        ".conflist",
+        "cni.confDir",
     )?;
     let ranges = kube.field("", "node/west", ".spec.podCIDRs[*]")?;
-    west.write_cni(&ranges.split_whitespace().collect::<Vec<_>>())?;
+    west.write_cni("10-test.conflist", &ranges.split_whitespace().collect::<Vec<_>>())?;
     whole(kube).map(drop)
 }
 

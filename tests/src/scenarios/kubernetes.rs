@@ -15,6 +15,7 @@ use weft_testbed::metrics::Metrics;
 use weft_testbed::poll::{pause, until};
 use weft_testbed::process::run_bounded;
 
+use crate::pods::{caller, client, pod, server, shop, sleeper};
 use crate::runner::{Scenario, Skipped};
 use crate::shop::marker;
 
@@ -46,46 +47,24 @@ pub const SCENARIOS: &[Scenario] = &[
 ];
 
 const NODES: [&str; 2] = ["east", "west"];
+/// Where the Service `front` is reached beside its own addresses. The external ones are nobody's.
+const NODE_PORT: u16 = 30080;
+const EXTERNAL: [&str; 2] = ["203.0.113.9", "2001:db8:9::9"];
 const POD_READY: Duration = Duration::from_secs(90);
 
-/// A web server on `west` with a Service, and a client on `east`, in the namespace `shop`.
-fn shop(page: &str) -> String {
+/// A Service of the web server on `west` that is reached from outside the cluster.
+fn front() -> String {
     format!(
         r#"
 apiVersion: v1
-kind: Namespace
-metadata: {{name: shop}}
----
-apiVersion: v1
-kind: Pod
-metadata: {{name: web, namespace: shop, labels: {{app: web}}}}
-spec:
-  nodeName: west
-  terminationGracePeriodSeconds: 1
-  containers:
-  - name: web
-    image: localhost/busybox:test
-    command: [sh, -c, "mkdir /tmp/www && echo {page} > /tmp/www/index.html && exec httpd -f -p 8080 -h /tmp/www"]
-    readinessProbe: {{httpGet: {{path: /, port: 8080}}, periodSeconds: 1}}
----
-apiVersion: v1
 kind: Service
-metadata: {{name: web, namespace: shop}}
+metadata: {{name: front, namespace: shop}}
 spec:
+  type: NodePort
   ipFamilyPolicy: RequireDualStack
   selector: {{app: web}}
-  ports: [{{port: 80, targetPort: 8080}}]
----
-apiVersion: v1
-kind: Pod
-metadata: {{name: client, namespace: shop, labels: {{app: client}}}}
-spec:
-  nodeName: east
-  terminationGracePeriodSeconds: 1
-  containers:
-  - name: client
-    image: localhost/busybox:test
-    command: [sleep, "1000000"]
+  ports: [{{port: 80, targetPort: 8080, nodePort: {NODE_PORT}}}]
+  externalIPs: {EXTERNAL:?}
 "#
     )
 }
@@ -93,7 +72,7 @@ spec:
 fn cluster(cluster: Builder) -> Result<()> {
     let kube = start(&cluster)?;
     open_shop(&kube, "hello-from-web")?;
-    for url in urls(&kube)? {
+    for url in urls(&kube, "web")? {
         fetch(&kube, &url, "hello-from-web")?;
     }
     Ok(())
@@ -103,42 +82,64 @@ fn label(cluster: Builder) -> Result<()> {
     let kube = start(&cluster)?;
     let page = marker("kubernetes");
     open_shop(&kube, &page)?;
-    let pods = [addresses(&kube, "web")?, addresses(&kube, "client")?].concat();
-    let urls = urls(&kube)?;
+    // The other way round, too.
+    let more = [server("web-east", "east", &page), client("client-west", "west"), front()];
+    kube.apply(&more.join("\n---\n"))?;
+    let names = ["web", "client", "web-east", "client-west"];
+    kube.wait_ready("shop", &names, POD_READY)?;
+    let mut pods = Vec::new();
+    for name in names {
+        pods.extend(addresses(&kube, name)?);
+    }
+    let mut calls = Vec::new();
+    for (client, server) in [("client", "web"), ("client-west", "web-east")] {
+        calls.extend(urls(&kube, server)?.into_iter().map(|url| (client, url)));
+    }
+    calls.extend(front_urls(&kube)?.into_iter().map(|url| ("client", url)));
 
     install(&kube)?;
     let capture = kube.capture()?;
-    for url in &urls {
-        fetch(&kube, url, &page).context("before the label")?;
+    for (client, url) in &calls {
+        fetch_from(&kube, client, url, &page).context("before the label")?;
     }
     let label = Moment::after_plain_traffic();
     kube.kubectl(["label", "namespace", "shop", "weft.dev/mesh=enabled"])?;
-    wait_enrolled(&kube, &["web", "client"])?;
-    for url in &urls {
-        fetch(&kube, url, &page).context("enrolled")?;
+    wait_enrolled(&kube, &names)?;
+    for (client, url) in &calls {
+        fetch_from(&kube, client, url, &page).context("enrolled")?;
     }
     // All pages went through the tunnel, and nothing but it. The kubelet's probes do not cross this wire.
-    let verified = (urls.len() * page.len()) as u64;
+    let verified = (calls.len() * page.len()) as u64;
     capture.stop()?.encrypted_since(label, &pods, page.as_bytes(), verified)?;
 
     let identity = "spiffe://cluster.local/ns/shop/sa/default";
-    for (node, reporter) in [("east", "source"), ("west", "destination")] {
-        let labels = [
-            ("reporter", reporter),
-            ("security", "mutual_tls"),
-            ("source_principal", identity),
-            ("destination_principal", identity),
-        ];
-        let opened = metrics(&kube, node)?.sum("weft_tcp_connections_opened_total", &labels);
-        ensure!(opened == 4.0, "the agent of {node} counts {opened} of four connections as {reporter}");
+    for (node, as_source, as_destination) in [("east", 8.0, 4.0), ("west", 4.0, 8.0)] {
+        for (reporter, calls) in [("source", as_source), ("destination", as_destination)] {
+            let labels = [
+                ("reporter", reporter),
+                ("security", "mutual_tls"),
+                ("source_principal", identity),
+                ("destination_principal", identity),
+            ];
+            let opened = metrics(&kube, node)?.sum("weft_tcp_connections_opened_total", &labels);
+            ensure!(
+                opened == calls,
+                "the agent of {node} counts {opened} of {calls} connections as {reporter}"
+            );
+        }
+    }
+    for (service, calls) in [("web", 2.0), ("front", 4.0)] {
+        let labels = [("reporter", "source"), ("destination_service", service)];
+        let named = metrics(&kube, "east")?.sum("weft_tcp_connections_opened_total", &labels);
+        ensure!(named == calls, "of {calls} calls of the Service {service} {named} are named after it");
     }
     // The kubelet's probes go on, and nothing was restarted.
-    for pod in ["web", "client"] {
+    for pod in names {
         let restarts =
             kube.field("shop", &format!("pod/{pod}"), ".status.containerStatuses[0].restartCount")?;
         ensure!(restarts == "0", "{pod} was restarted {restarts} times");
     }
-    kube.wait_ready("shop", &["web", "client"], POD_READY)
+    kube.wait_ready("shop", &names, POD_READY)
 }
 
 fn operations(cluster: Builder) -> Result<()> {
@@ -297,11 +298,20 @@ fn check_records(kube: &KubeCluster) -> Result<()> {
 
 fn birth(cluster: Builder) -> Result<()> {
     let kube = start(&cluster)?;
+    // The network of one node is one plugin alone, that of the other a list.
+    let east = kube.node("east")?;
+    let ranges = kube.field("", "node/east", ".spec.podCIDRs[*]")?;
+    let ranges: Vec<_> = ranges.split_whitespace().collect();
+    east.write_cni("10-test.conf", &ranges)?;
+    east.run("rm", &["/etc/cni/net.d/10-test.conflist"])?;
+    let lone = east.run("cat", &["/etc/cni/net.d/10-test.conf"])?;
     let page = marker("birth");
     open_shop(&kube, &page)?;
     install(&kube)?;
     let installed = |node: &str| -> Result<bool> {
-        Ok(kube.node(node)?.run("cat", &["/etc/cni/net.d/10-test.conflist"])?.contains("weft-cni"))
+        let used =
+            "cd /etc/cni/net.d && LC_ALL=C ls | grep -E '[.](conf|conflist|json)$' | head -n 1 | xargs cat";
+        Ok(kube.node(node)?.run("sh", &["-c", used])?.contains("weft-cni"))
     };
     until(
         Duration::from_secs(30),
@@ -331,10 +341,8 @@ fn birth(cluster: Builder) -> Result<()> {
     reboot(&kube, &url, &page).context("a node is started again")?;
 
     // Another component writes the configuration anew: the plugin comes back.
-    let east = kube.node("east")?;
-    let range = kube.field("", "node/east", ".spec.podCIDRs[*]")?;
-    east.write_cni(&range.split_whitespace().collect::<Vec<_>>())?;
-    until(Duration::from_secs(10), "the plugin is back in the list", || installed("east"))?;
+    east.write_cni("10-test.conf", &ranges)?;
+    until(Duration::from_secs(10), "the plugin is back in the configuration", || installed("east"))?;
 
     // No agent on the node: a pod of the mesh does not start, one outside starts at once.
     let nowhere = r#"{"spec":{"template":{"spec":{"nodeSelector":{"weft.dev/nowhere":"true"}}}}}"#;
@@ -380,10 +388,12 @@ fn birth(cluster: Builder) -> Result<()> {
     let left = kube.kubectl(["get", "namespaces,clusterroles,clusterrolebindings,crds", "-o", "name"])?;
     ensure!(!left.contains("weft"), "something is left in the cluster:\n{left}");
     for node in kube.nodes() {
-        let places = "ls -A /etc/cni/net.d /opt/cni/bin /sys/fs/bpf; cat /etc/cni/net.d/*.conflist";
+        let places = "ls -A /etc/cni/net.d /opt/cni/bin /sys/fs/bpf; cat /etc/cni/net.d/10*";
         let left = node.run("sh", &["-c", places])?;
         ensure!(!left.contains("weft"), "something is left in {}:\n{left}", node.place().name());
     }
+    let given_back = east.run("cat", &["/etc/cni/net.d/10-test.conf"])?;
+    ensure!(given_back == lone, "the network of east was {lone:?}, and now is {given_back:?}");
     kube.apply(&sleeper("afterwards", "shop"))?;
     kube.wait_ready("shop", &["afterwards"], POD_READY)?;
     fetch(&kube, &url, &page).context("without a mesh")
@@ -411,35 +421,6 @@ fn reboot(kube: &KubeCluster, url: &str, page: &str) -> Result<()> {
     let recording = capture.stop()?;
     recording.nothing_in_the_clear(start, &pods, page.as_bytes())?;
     kube.kubectl(["delete", "pod", "-n", "shop", "early", "--grace-period=1"]).map(drop)
-}
-
-/// A pod on `east` that fetches a page once, first thing.
-fn caller(name: &str, namespace: &str, url: &str) -> String {
-    let command = format!("exec wget -q -O - {url}");
-    pod(name, namespace, &command).replace("restartPolicy: Always", "restartPolicy: Never")
-}
-
-/// A pod on `east` that does nothing.
-fn sleeper(name: &str, namespace: &str) -> String {
-    pod(name, namespace, "exec sleep 1000000")
-}
-
-fn pod(name: &str, namespace: &str, command: &str) -> String {
-    format!(
-        r#"
-apiVersion: v1
-kind: Pod
-metadata: {{name: {name}, namespace: {namespace}}}
-spec:
-  nodeName: east
-  restartPolicy: Always
-  terminationGracePeriodSeconds: 1
-  containers:
-  - name: main
-    image: localhost/busybox:test
-    command: [sh, -c, "{command}"]
-"#
-    )
 }
 
 /// A loop of calls from the client's pod, each a new connection.
@@ -494,14 +475,28 @@ fn addresses(kube: &KubeCluster, pod: &str) -> Result<Vec<IpAddr>> {
     Ok(found)
 }
 
-/// The web server by its pod's and its Service's addresses, of both families.
-fn urls(kube: &KubeCluster) -> Result<Vec<String>> {
-    let services = kube.field("shop", "service/web", ".spec.clusterIPs[*]")?;
+/// A web server by its pod's and its Service's addresses, of both families.
+fn urls(kube: &KubeCluster, server: &str) -> Result<Vec<String>> {
+    let services = kube.field("shop", &format!("service/{server}"), ".spec.clusterIPs[*]")?;
     let services: Vec<IpAddr> = services.split_whitespace().map(str::parse).collect::<Result<_, _>>()?;
     ensure!(services.len() == 2, "the Service has the addresses {services:?}");
-    let pods = addresses(kube, "web")?;
-    let url = |(ip, port): (&IpAddr, u16)| format!("http://{}/", std::net::SocketAddr::new(*ip, port));
-    Ok(pods.iter().map(|ip| (ip, 8080)).chain(services.iter().map(|ip| (ip, 80))).map(url).collect())
+    let pods = addresses(kube, server)?;
+    Ok(pods.iter().map(|ip| url(*ip, 8080)).chain(services.iter().map(|ip| url(*ip, 80))).collect())
+}
+
+/// The Service `front` by a node's addresses at its port there, and by its external ones, of both families.
+fn front_urls(kube: &KubeCluster) -> Result<Vec<String>> {
+    let external: Vec<IpAddr> = EXTERNAL.into_iter().map(str::parse).collect::<Result<_, _>>()?;
+    let nodes = kube.node("west")?.place().addresses();
+    Ok(nodes
+        .into_iter()
+        .map(|ip| url(ip, NODE_PORT))
+        .chain(external.into_iter().map(|ip| url(ip, 80)))
+        .collect())
+}
+
+fn url(ip: IpAddr, port: u16) -> String {
+    format!("http://{}/", std::net::SocketAddr::new(ip, port))
 }
 
 /// As the documentation says it.
@@ -576,7 +571,12 @@ pub fn open_shop(kube: &KubeCluster, page: &str) -> Result<()> {
 
 /// The client fetches a page, which must be that one.
 fn fetch(kube: &KubeCluster, url: &str, page: &str) -> Result<()> {
-    let got = kube.exec("shop", "client", &["wget", "-q", "-O", "-", url]).context(url.to_owned())?;
+    fetch_from(kube, "client", url, page)
+}
+
+fn fetch_from(kube: &KubeCluster, client: &str, url: &str, page: &str) -> Result<()> {
+    let curl = ["curl", "--silent", "--show-error", "--fail", "--max-time", "20", url];
+    let got = kube.exec("shop", client, &curl).with_context(|| format!("{client} asks {url}"))?;
     ensure!(got.trim() == page, "{url} answered {got:?}");
     Ok(())
 }

@@ -9,16 +9,20 @@ mod check;
 mod cni;
 mod escape;
 mod failure;
+mod frontends;
 mod identity;
 mod jwt;
 mod kubernetes;
 mod operations;
 mod outside;
+mod pods;
 mod races;
 mod replicas;
 mod rogue;
 mod runner;
+mod services;
 mod shop;
+mod socket_lb;
 mod streams;
 mod traffic;
 
@@ -51,12 +55,15 @@ fn all() -> Vec<Scenario> {
         bed::SCENARIOS,
         cni::SCENARIOS,
         traffic::SCENARIOS,
+        services::SCENARIOS,
         streams::SCENARIOS,
         escape::SCENARIOS,
         failure::SCENARIOS,
         races::SCENARIOS,
         identity::SCENARIOS,
         outside::SCENARIOS,
+        frontends::SCENARIOS,
+        socket_lb::SCENARIOS,
         operations::SCENARIOS,
         chart::SCENARIOS,
         apiserver::SCENARIOS,

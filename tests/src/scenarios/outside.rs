@@ -33,7 +33,7 @@ pub const SCENARIOS: &[Scenario] = &[
 
 /// Whether the connection that `from` opens to a greeting server at `to` is one kernel socket at each end, with nobody
 /// between: then the server sees exactly the client's address and port.
-fn is_direct(from: &Place, to: SocketAddr) -> Result<bool> {
+pub fn is_direct(from: &Place, to: SocketAddr) -> Result<bool> {
     let mut stream = from.connect(to).with_context(|| format!("{} to {to}", from.name()))?;
     let own = stream.local_addr()?;
     let line = read_line(&mut stream)?;

@@ -34,7 +34,7 @@ const METHOD: &str = "/envoy.service.discovery.v3.AggregatedDiscoveryService/Del
 /// After a call that failed.
 const RETRY: Duration = Duration::from_millis(200);
 /// In the order in which an agent asks, the last of which makes its first state whole.
-const TYPES: [&str; 3] = [type_url::MESH_CONFIG, type_url::ADDRESS, type_url::LOCAL_WORKLOAD];
+const TYPES: [&str; 4] = [type_url::MESH_CONFIG, type_url::NODE, type_url::ADDRESS, type_url::LOCAL_WORKLOAD];
 
 /// What all agents saw together.
 #[derive(Debug, Default)]

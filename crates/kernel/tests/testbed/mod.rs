@@ -33,6 +33,10 @@ pub fn at(host: &str, port: u16) -> SocketAddr {
     SocketAddr::new(ip(host), port)
 }
 
+pub fn network(text: &str) -> ipnet::IpNet {
+    text.parse().unwrap()
+}
+
 /// A named network namespace, removed when dropped. Names begin with `wt-`.
 pub struct Space {
     pub name: String,
@@ -181,7 +185,7 @@ impl World {
     pub fn open(&self) -> Kernel {
         let kernel = Kernel::open(self.options.clone()).unwrap();
         for net in ["10.77.0.0/24", "10.96.0.0/12", "fd77::/64", "fd96::/64"] {
-            kernel.set_capture(net.parse().unwrap(), weft_kernel::Verdict::Capture).unwrap();
+            kernel.set_capture(network(net), weft_kernel::Verdict::Capture).unwrap();
         }
         kernel
     }

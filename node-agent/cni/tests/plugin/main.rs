@@ -286,10 +286,21 @@ fn what_is_no_pod_of_kubernetes_passes() {
 }
 
 #[test]
-fn everything_but_add_works_without_agent_settings_and_api_server() {
+fn the_node_can_add_pods_without_an_agent_and_not_without_settings() {
+    let node = Node::new(None);
+    // A runtime sends no variables but CNI_PATH.
+    let none = ["CNI_CONTAINERID", "CNI_NETNS", "CNI_IFNAME", "CNI_ARGS"].map(|name| (name, ""));
+    let config = node.config("1.1.0").to_string();
+    node.run("STATUS", &config, &none).silent();
+    std::fs::remove_file(node.settings_file()).unwrap();
+    node.run("STATUS", &config, &none).refused(50, &["the agent of this node writes it"]);
+}
+
+#[test]
+fn everything_else_works_without_agent_settings_and_api_server() {
     let node = Node::new(None);
     std::fs::remove_file(node.settings_file()).unwrap();
-    for command in ["DEL", "CHECK", "GC", "STATUS"] {
+    for command in ["DEL", "CHECK", "GC"] {
         node.run(command, &node.config("1.1.0").to_string(), &[]).silent();
     }
     // A DEL has no namespace when the node was rebooted, and no result when the ADD had failed.
