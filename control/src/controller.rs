@@ -86,6 +86,8 @@ pub struct Controller {
     /// What has been read of the cluster, and what has to be before anything else is published.
     read: VersionVector,
     needed: VersionVector,
+    /// Of these kinds a list has not shown as much as was needed then.
+    doubted: BTreeMap<&'static str, u64>,
     /// Something is to be published that could not be.
     held_back: bool,
     known: watch::Sender<VersionVector>,
@@ -111,6 +113,7 @@ impl Controller {
             heard_of: BTreeSet::new(),
             read: VersionVector::default(),
             needed: VersionVector::default(),
+            doubted: BTreeMap::new(),
             held_back: false,
             known,
             wanted: wanted.clone(),
@@ -171,16 +174,25 @@ impl Controller {
         self.builder.holds(content);
         self.read = known;
         for heard in &heard {
-            self.needed.merge(&heard.seen());
+            // Of other kinds a version of Weft may have written that reads more than this one, which would wait for ever.
+            self.needed.merge(&heard.seen().only(&translate::deciding()));
             self.heard(heard);
         }
         if let Some((kind, version)) = newest {
-            // There is no more, so whoever wrote that it had seen more did so in another history.
-            self.needed.lower(kind, version);
+            self.disprove(kind, version);
         }
         let of_objects = !delta.is_empty();
         self.store.apply(delta);
         of_objects
+    }
+
+    /// A list has shown that a kind is not newer than this. Whoever wrote that it had read more did so in another history;
+    /// but not before another list says so, too, since this one may have begun before that was written.
+    fn disprove(&mut self, kind: &'static str, newest: u64) {
+        let Some(needed) = self.needed.get(kind).filter(|needed| *needed > newest) else { return };
+        if self.doubted.insert(kind, needed) == Some(needed) {
+            self.needed.lower(kind, newest);
+        }
     }
 
     /// Publishes what was held back, if this replica has read enough by now, and says how far it is then.
@@ -188,9 +200,7 @@ impl Controller {
         if self.held_back {
             self.release();
         }
-        if self.held_back {
-            let _ = self.wanted.try_send(self.needed.clone());
-        } else if self.is_started() {
+        if !self.held_back && self.is_started() {
             self.known.send_if_modified(|known| {
                 let differs = *known != self.read;
                 known.clone_from(&self.read);
@@ -358,7 +368,11 @@ impl Controller {
 
     /// Publishes the state as it is now, if it may be.
     fn release(&mut self) {
-        if self.uncaptured.is_some() || !self.read.covers(&self.needed) {
+        if !self.read.covers(&self.needed) {
+            let _ = self.wanted.try_send(self.needed.clone());
+            return;
+        }
+        if self.uncaptured.is_some() {
             return;
         }
         self.held_back = false;

@@ -108,7 +108,43 @@ async fn a_replica_that_only_lacks_silence_lists() {
     let start = Instant::now();
     agent.until_known(Some(false), None).await;
     assert!(start.elapsed() < Duration::from_secs(4), "{:?}", start.elapsed());
-    one.logged("listing servicecidrs anew: others have seen");
+    let lines: Vec<_> = (0..KINDS.len()).map(|_| one.logged("anew: others have seen")).collect();
+    assert!(KINDS.iter().all(|kind| lines.iter().any(|line| line.contains(kind))), "{lines:?}");
+}
+
+/// A kind that the API server does not have any more, as after a return to an older one, keeps nobody waiting.
+#[tokio::test]
+async fn an_agent_that_saw_a_kind_that_is_gone_is_served() {
+    let cluster = Cluster::new();
+    cluster.pod("web", "10.1.0.2");
+    cluster.api.lack("servicecidrs", true);
+    let control = cluster.start_with_flags(&["--service-networks", "10.96.0.0/16"]);
+    ready(&control).await;
+    let seen = || "servicecidrs=1000000".parse().unwrap();
+    let mut agent = Agent::having_seen(cluster.endpoint(&control, OTHER_AGENT), "n2", seen());
+    agent.until_known(Some(false), None).await;
+    assert!(!agent.seen.borrow().to_string().contains(&u64::MAX.to_string()));
+    // When it is there after all, its numbers count.
+    cluster.api.lack("servicecidrs", false);
+    counts(&control, "weft_control_objects{kind=\"ServiceCIDR\"} 1").await;
+    let mut agent = Agent::having_seen(cluster.endpoint(&control, OTHER_AGENT), "n2", seen());
+    assert_eq!(told(&mut agent, UID, QUIET).await, [false; 0]);
+}
+
+/// What a later version of Weft wrote down may speak of kinds that this one does not read.
+#[tokio::test]
+async fn a_record_that_speaks_of_an_unknown_kind_keeps_nothing_back() {
+    let cluster = Cluster::new();
+    cluster.pod("web", "10.1.0.2");
+    cluster.api.put(
+        "nodeenrollments",
+        json!({"metadata": {"name": "n2", "annotations": {"mesh.weft.dev/seen": "gadgets=7"}}, "status": {}}),
+    );
+    let control = cluster.start();
+    ready(&control).await;
+    report(&cluster.endpoint(&control, AGENT), &[UID]).await.unwrap();
+    let mut agent = Agent::connect(cluster.endpoint(&control, OTHER_AGENT), "n2");
+    agent.until_known(Some(true), None).await;
 }
 
 /// No number is believed against the API server's own list.

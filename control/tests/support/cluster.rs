@@ -70,7 +70,11 @@ impl Cluster {
     }
 
     pub fn start(&self) -> Control {
-        self.start_with(&self.kubeconfig())
+        self.start_with_flags(&[])
+    }
+
+    pub fn start_with_flags(&self, flags: &[&str]) -> Control {
+        self.start_with(&self.kubeconfig(), flags)
     }
 
     /// A replica that reaches the API server by that door.
@@ -79,12 +83,12 @@ impl Cluster {
         let own = fs::read_to_string(self.kubeconfig()).unwrap();
         let address = |of: std::net::SocketAddr| format!("http://{of}");
         fs::write(&path, own.replace(&address(self.api.address), &address(door.address))).unwrap();
-        self.start_with(&path)
+        self.start_with(&path, &[])
     }
 
-    fn start_with(&self, kubeconfig: &std::path::Path) -> Control {
+    fn start_with(&self, kubeconfig: &std::path::Path, flags: &[&str]) -> Control {
         let mut command = Command::new(BINARY);
-        command.arg("--kubernetes").env("KUBECONFIG", kubeconfig).env("RUST_BACKTRACE", "1");
+        command.arg("--kubernetes").args(flags).env("KUBECONFIG", kubeconfig).env("RUST_BACKTRACE", "1");
         for flag in ["--listen", "--metrics-listen", "--ready-listen"] {
             command.args([flag, "127.0.0.1:0"]);
         }

@@ -85,7 +85,13 @@ pub(crate) fn check(response: DeltaDiscoveryResponse) -> Result<Change, String> 
         }
     }
     drop(names);
-    let seen = response.system_version_info.parse().map_err(|error: NotAVector| error.to_string())?;
+    // A controller of before there were vectors says the number of its state there. While it and its agents are upgraded,
+    // in whatever order, it must not be one that they cannot listen to.
+    let holds = response.system_version_info;
+    let seen = match holds.bytes().all(|byte| byte.is_ascii_digit()) {
+        true => VersionVector::default(),
+        false => holds.parse().map_err(|error: NotAVector| error.to_string())?,
+    };
     let type_url = response.type_url;
     let upserts = response.resources.into_iter().map(|resource| match resource.resource {
         Some(any) if any.type_url == type_url => {
@@ -138,8 +144,10 @@ mod tests {
             let error = checked(resources, &removed).unwrap_err();
             assert!(error.contains(why), "{error}");
         }
-        let unknown = DeltaDiscoveryResponse { system_version_info: "7".to_owned(), ..Default::default() };
+        let unknown = DeltaDiscoveryResponse { system_version_info: "pods".to_owned(), ..Default::default() };
         assert!(check(unknown).unwrap_err().contains("which versions"));
+        let without = DeltaDiscoveryResponse { system_version_info: "7".to_owned(), ..Default::default() };
+        assert!(check(without).unwrap().seen.is_empty());
         let change = checked(vec![good()], &["b"]).unwrap();
         assert_eq!(change.upserts[0].value, "x");
         assert_eq!(change.removed, ["b"]);

@@ -61,8 +61,16 @@ fn behind(cluster: Builder) -> Result<()> {
             ensure!(metrics.sum("weft_control_xds_streams", &[]) >= 2.0, "it serves fewer");
             Ok(metrics.sum("weft_control_pods_enrolled", &[]) >= 2.0)
         })?;
-        // It has read again what the agents asked for. When its watches are told the rest, it goes on as any other.
-        cluster.door(1)?.release();
+        // It has read again what the agents asked for; of what nobody asked for, the old connections are still all it had.
+        let services =
+            || lagging.metrics().map(|all| all.sum("weft_control_objects", &[("kind", "Service")]));
+        let before = services()?;
+        cluster.api().apply(&serde_json::json!({
+            "apiVersion": "v1", "kind": "Service", "metadata": {"name": "web", "namespace": "shop"},
+            "spec": {"ports": [{"port": 80}]}
+        }))?;
+        until(NEWS, "a Service is known", || Ok(services()? > before))?;
+        // And so goes on by itself, with what is new.
         let late = cluster.pod("shop/late", "east")?;
         cluster.wait_enrolled(&[&late])?;
         calls.wait_for_success(&targets, 3, NEWS)

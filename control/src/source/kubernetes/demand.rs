@@ -5,14 +5,18 @@
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use tokio::{
-    sync::{Notify, mpsc},
+    sync::mpsc,
     time::{Instant, sleep_until},
 };
 use weft_xds::VersionVector;
 
+use super::list_watch::Asks;
+
 /// What a watch gets to bring it.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// Lists of a kind are not asked for more often. They are dear, and where the store was restored they never suffice.
+/// Lists of a kind are not asked for more often, since they are dear.
+const PAUSE: Duration = Duration::from_secs(5);
+/// The same for a kind whose last one was asked for in vain, or does not come. Where the store was restored none suffices.
 const REST: Duration = Duration::from_secs(30);
 
 pub struct Demand {
@@ -25,8 +29,7 @@ pub struct Demand {
 
 #[derive(Default)]
 struct Watch {
-    /// Tells it to list.
-    relist: Arc<Notify>,
+    asks: Arc<Asks>,
     /// What was last asked for, and when.
     asked: Option<(u64, Instant)>,
 }
@@ -36,25 +39,29 @@ impl Demand {
         Self { wanted, open: VersionVector::default(), due: None, watches: HashMap::new() }
     }
 
-    /// By this a watch is told to list.
-    pub fn relist(&mut self, what: &'static str) -> Arc<Notify> {
-        self.watches.entry(what).or_default().relist.clone()
+    /// What is asked of a watch here.
+    pub fn asks(&mut self, what: &'static str) -> Arc<Asks> {
+        self.watches.entry(what).or_default().asks.clone()
     }
 
     /// Returns when it is time for [`Demand::ask`]. May be dropped and called again.
     pub async fn due(&mut self) {
         loop {
-            match self.due {
-                Some(due) => return sleep_until(due).await,
-                None => match self.wanted.recv().await {
-                    Some(wanted) => {
-                        self.open.merge(&wanted);
-                        self.due = Some(Instant::now() + PATIENCE);
-                    }
-                    None => std::future::pending().await,
-                },
+            let due = self.due;
+            tokio::select! {
+                () = sleep_until(due.unwrap_or_else(Instant::now)), if due.is_some() => return,
+                // One kind that has to rest does not keep others waiting.
+                Some(wanted) = self.wanted.recv() => {
+                    self.open.merge(&wanted);
+                    self.look_by(Instant::now() + PATIENCE);
+                }
+                else => std::future::pending().await,
             }
         }
+    }
+
+    fn look_by(&mut self, time: Instant) {
+        self.due = Some(self.due.map_or(time, |due| due.min(time)));
     }
 
     /// Asks for lists of what is wanted and still not known.
@@ -66,9 +73,11 @@ impl Demand {
         let open = std::mem::take(&mut self.open);
         for (kind, version) in known.behind(&open) {
             let Some(watch) = self.watches.get_mut(kind) else { continue };
-            if let Some((_, at)) = watch.asked.filter(|(_, at)| at.elapsed() < REST) {
+            let enough = |asked| known.get(kind).is_some_and(|known| known >= asked);
+            let again = watch.asked.map(|(asked, at)| at + if enough(asked) { PAUSE } else { REST });
+            if let Some(again) = again.filter(|again| *again > Instant::now()) {
                 self.open.raise(kind, version);
-                self.due = Some(at + REST);
+                self.look_by(again);
                 continue;
             }
             tracing::info!(
@@ -77,12 +86,16 @@ impl Demand {
                 known.get(kind).map_or_else(|| "nothing".to_owned(), |known| known.to_string())
             );
             watch.asked = Some((version, Instant::now()));
-            watch.relist.notify_one();
+            watch.asks.relist.notify_one();
         }
     }
 
-    /// A list that was asked for is there.
-    pub fn answered(&self, what: &str, version: u64) {
+    /// A list that was asked for is there. If it told what its watch had `missed`, no other watch is to be trusted either:
+    /// what broke one without its knowing, as a lost connection to the API server, broke others.
+    pub fn answered(&self, what: &str, version: u64, missed: bool) {
+        if missed {
+            self.watches.values().for_each(|watch| watch.asks.reopen.notify_one());
+        }
         let asked = self.watches.get(what).and_then(|watch| watch.asked);
         if let Some((asked, _)) = asked.filter(|(asked, _)| *asked > version) {
             tracing::error!(

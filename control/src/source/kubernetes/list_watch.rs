@@ -17,12 +17,10 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-use crate::cluster::{self, WATCH_SECONDS};
+use crate::cluster::{self, REQUEST_TIMEOUT, WATCH_SECONDS};
 
 /// Objects asked for at a time, so that neither side holds a long list twice.
 const PAGE: u32 = 500;
-/// A page that takes longer does not come.
-const LIST: Duration = Duration::from_secs(15);
 /// A watch that should have ended by then is dead.
 const SILENCE: Duration = Duration::from_secs(WATCH_SECONDS as u64 + 5);
 /// Pauses before something that failed is tried again. Not longer: after a restart of the API server that would be time in
@@ -65,11 +63,19 @@ pub enum Failure {
     Back { now: u64, seen: u64 },
 }
 
+/// What may be asked of it although its watch seems to work.
+#[derive(Default)]
+pub struct Asks {
+    /// A list.
+    pub relist: Notify,
+    /// To take up the watch where it is, over another connection.
+    pub reopen: Notify,
+}
+
 /// One kind, followed from now on.
 pub struct ListWatch {
     api: Api<DynamicObject>,
-    /// Asks for a list although the watch works.
-    relist: Arc<Notify>,
+    asks: Arc<Asks>,
     state: State,
     /// The list under way was asked for.
     asked: bool,
@@ -91,8 +97,8 @@ enum State {
 }
 
 impl ListWatch {
-    pub fn new(api: Api<DynamicObject>, relist: Arc<Notify>) -> Self {
-        Self { api, relist, state: State::Unlisted, asked: false, seen: 0, failures: 0 }
+    pub fn new(api: Api<DynamicObject>, asks: Arc<Asks>) -> Self {
+        Self { api, asks, state: State::Unlisted, asked: false, seen: 0, failures: 0 }
     }
 
     /// What comes next, for ever. After a failure it waits first.
@@ -127,21 +133,30 @@ impl ListWatch {
                 }
                 State::Listed => {
                     let params = WatchParams::default().timeout(WATCH_SECONDS);
-                    self.state = match self.api.watch(&params, &self.seen.to_string()).await {
-                        Ok(events) => State::Watching(events.boxed()),
+                    let from = self.seen.to_string();
+                    self.state = match timeout(self.patience(), self.api.watch(&params, &from)).await {
+                        Ok(Ok(events)) => State::Watching(events.boxed()),
                         // Too old to go on, or newer than what there is.
-                        Err(kube::Error::Api(status)) if matches!(status.code, 410 | 504) => continue,
-                        Err(error) => {
+                        Ok(Err(kube::Error::Api(status))) if matches!(status.code, 410 | 504) => continue,
+                        Ok(Err(error)) => {
                             self.state = State::Listed;
                             return Err(error.into());
+                        }
+                        Err(_) => {
+                            self.state = State::Listed;
+                            return Err(self.late());
                         }
                     };
                 }
                 State::Watching(mut events) => {
                     let event = tokio::select! {
                         event = timeout(SILENCE, events.next()) => event,
-                        () = self.relist.notified() => {
+                        () = self.asks.relist.notified() => {
                             self.asked = true;
+                            continue;
+                        }
+                        () = self.asks.reopen.notified() => {
+                            self.state = State::Listed;
                             continue;
                         }
                     };
@@ -169,11 +184,10 @@ impl ListWatch {
     async fn page(&mut self, more: Option<String>) -> Result<State, Failure> {
         let mut params = ListParams::default().limit(PAGE);
         params.continue_token = more;
-        let list = match timeout(LIST, self.api.list(&params)).await {
+        let list = match timeout(self.patience(), self.api.list(&params)).await {
             Ok(Err(kube::Error::Api(status))) if status.code == 404 => return Err(Failure::Missing),
             Ok(list) => list?,
-            // Over a connection that is dead, most likely; the next attempt is over another.
-            Err(_) => return Err(Failure::Told(format!("no list within {LIST:?}"))),
+            Err(_) => return Err(self.late()),
         };
         let version = number(list.metadata.resource_version.as_deref())?;
         if version < self.seen {
@@ -181,6 +195,16 @@ impl ListWatch {
         }
         let more = list.metadata.continue_.filter(|token| !token.is_empty());
         Ok(State::Listing { page: list.items.into_iter(), more, version })
+    }
+
+    /// What does not come within this time is asked for anew: its connection is dead, most likely, and the next attempt is
+    /// over another. After failures it gets longer, for an API server that is slow.
+    fn patience(&self) -> Duration {
+        REQUEST_TIMEOUT * (1 << self.failures.min(3))
+    }
+
+    fn late(&self) -> Failure {
+        Failure::Told(format!("no answer within {:?}", self.patience()))
     }
 
     /// What an event says; None if a new list has to.

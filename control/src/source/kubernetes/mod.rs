@@ -60,9 +60,9 @@ pub async fn run(
     let (sender, mut events) = mpsc::channel(QUEUE);
     let mut demand = Demand::new(wanted);
     for kind in Kind::ALL {
-        tokio::spawn(watch::objects(client.clone(), kind, demand.relist(kind.plural()), sender.clone()));
+        tokio::spawn(watch::objects(client.clone(), kind, demand.asks(kind.plural()), sender.clone()));
     }
-    tokio::spawn(watch::enrollment(client, demand.relist(ENROLLMENT), sender));
+    tokio::spawn(watch::enrollment(client, demand.asks(ENROLLMENT), sender));
     let mut source = Source::new(mesh_enabled, inputs, statuses, metrics);
     let mut reminder = interval(REMINDER);
     reminder.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -146,7 +146,8 @@ impl Source {
 
     /// Takes in one event and passes on what follows. False when nobody listens any more.
     async fn take(&mut self, told: Told, demand: &Demand) -> bool {
-        let newest;
+        // A list that was asked for, and whether it told what the watch had not.
+        let (newest, missed);
         let (change, heard) = match told {
             Told::Broken { what, why } => {
                 if self.broken.get(what) != Some(&why) {
@@ -168,6 +169,7 @@ impl Source {
                 let first = list && !self.caches[&kind].is_listed();
                 let change = self.objects(kind, event);
                 self.read(what, version, first || !change.delta.is_empty());
+                missed = !change.delta.is_empty();
                 (change, Vec::new())
             }
             Told::Enrollment(event) => {
@@ -176,11 +178,12 @@ impl Source {
                 let first = list && !self.records.listed;
                 let heard = self.enrollment(event);
                 self.read(ENROLLMENT, version, first || !heard.is_empty());
+                missed = !heard.is_empty();
                 (Change::default(), heard)
             }
         };
         if let Some((what, version)) = newest {
-            demand.answered(what, version);
+            demand.answered(what, version, missed);
         }
         let complaints: usize = self.caches.values().map(Cache::complaints).sum();
         self.metrics.source_complaints.set(complaints as i64);
@@ -190,6 +193,8 @@ impl Source {
     /// Everything of a kind has been told up to `version`.
     fn read(&mut self, what: &'static str, version: Option<u64>, changed: bool) {
         let Some(version) = version else { return };
+        // It may have been one that was not there.
+        self.known.lower(what, version);
         self.known.raise(what, version);
         if changed {
             self.content.raise(what, version);
@@ -213,6 +218,8 @@ impl Source {
                     "the API server has no {} {}; going on without", kind.api_version(), kind.as_str()
                 );
                 cache.begin();
+                // Whoever has seen more of it saw what is not there any more.
+                self.known.raise(kind.plural(), u64::MAX);
                 return cache.end();
             }
             Event::Missing => {}

@@ -8,12 +8,12 @@ use kube::{
     api::{ApiResource, DynamicObject, GroupVersionKind},
 };
 use serde_json::{Value, json};
-use tokio::sync::{Notify, mpsc};
+use tokio::sync::mpsc;
 use weft_api::{FieldError, Kind, ObjectKey};
 
 use super::{
     cache::Item,
-    list_watch::{Failure, ListWatch, Next},
+    list_watch::{Asks, Failure, ListWatch, Next},
 };
 use crate::{
     cluster::enrollment::{ENROLLMENT, REMEDY, Record, api, read},
@@ -76,12 +76,12 @@ pub enum Told {
     },
 }
 
-/// Watches a kind until nobody listens. Lists it anew when `relist` asks.
-pub async fn objects(client: Client, kind: Kind, relist: Arc<Notify>, told: mpsc::Sender<Told>) {
+/// Watches a kind until nobody listens. Does what is asked of it meanwhile.
+pub async fn objects(client: Client, kind: Kind, asks: Arc<Asks>, told: mpsc::Sender<Told>) {
     let (group, version) = kind.api_version().rsplit_once('/').unwrap_or(("", kind.api_version()));
     let gvk = GroupVersionKind::gvk(group, version, kind.as_str());
     let resource = ApiResource::from_gvk_with_plural(&gvk, kind.plural());
-    let mut watch = ListWatch::new(Api::all_with(client, &resource), relist);
+    let mut watch = ListWatch::new(Api::all_with(client, &resource), asks);
     loop {
         let event = match watch.next().await {
             Ok(Next::Begin) => Event::Begin,
@@ -109,20 +109,20 @@ pub async fn objects(client: Client, kind: Kind, relist: Arc<Notify>, told: mpsc
     }
 }
 
-/// Watches who is enrolled, until nobody listens. Lists it anew when `relist` asks.
-pub async fn enrollment(client: Client, relist: Arc<Notify>, told: mpsc::Sender<Told>) {
+/// Watches who is enrolled, until nobody listens. Does what is asked of it meanwhile.
+pub async fn enrollment(client: Client, asks: Arc<Asks>, told: mpsc::Sender<Told>) {
     let objects = api(client);
-    while list_and_watch(&objects, &relist, &told).await.is_some() {}
+    while list_and_watch(&objects, &asks, &told).await.is_some() {}
 }
 
 /// One watch of who is enrolled. A listing with a NodeEnrollment that cannot be understood does not count: to start on it
 /// would announce that node's pods as plaintext. So it is listed again when something changes. None when nobody listens.
 async fn list_and_watch(
     objects: &Api<DynamicObject>,
-    relist: &Arc<Notify>,
+    asks: &Arc<Asks>,
     told: &mpsc::Sender<Told>,
 ) -> Option<()> {
-    let mut watch = ListWatch::new(objects.clone(), relist.clone());
+    let mut watch = ListWatch::new(objects.clone(), asks.clone());
     let mut unreadable = false;
     loop {
         let event = match watch.next().await {
