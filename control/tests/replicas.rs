@@ -17,7 +17,7 @@ use weft_proto::{
 use self::support::{
     Agent, LONG, UID,
     api::KINDS,
-    cluster::{AGENT, Cluster, OTHER_AGENT, counts, eventually, ready},
+    cluster::{AGENT, Cluster, OTHER_AGENT, condition, counts, eventually, ready},
     report,
 };
 
@@ -98,6 +98,8 @@ async fn a_replica_that_only_lacks_silence_lists() {
     cluster.pod("web", "10.1.0.2");
     let one = cluster.start();
     ready(&one).await;
+    // Nothing more happens to the pod after that: whatever happens of a kind ends its silence.
+    eventually("the pod's condition is there", async || condition(&cluster, "web").is_some()).await;
     cluster.api.put("leases", json!({"metadata": {"name": "unwatched", "namespace": "shop"}}));
     let other = cluster.start();
     ready(&other).await;
