@@ -78,9 +78,15 @@ async fn a_replica_behind_takes_no_report() {
     ready(&one).await;
     ready(&other).await;
     door.hold(&KINDS);
-    cluster.pod("web", "10.1.0.9");
     let mut agent = Agent::connect(cluster.endpoint(&one, AGENT), "n1");
     agent.until(false, true).await;
+    let before = agent.seen.borrow().get("pods");
+    cluster.pod("web", "10.1.0.9");
+    while agent.seen.borrow().get("pods") == before {
+        let update = timeout(LONG, agent.updates.recv()).await.unwrap().unwrap();
+        agent.seen.send_if_modified(|seen| seen.merge(&update.seen));
+        update.ack();
+    }
     let mut endpoint = cluster.endpoint(&other, AGENT);
     endpoint.seen = Some(agent.seen.subscribe());
     assert!(report(&endpoint, &[UID]).await.is_err());
