@@ -69,11 +69,10 @@ impl<K: Ord + Clone> Index<K> {
         self.0.remove(&(key, name.clone()));
     }
 
-    /// Puts `name` from one set of keys to another. Returns whether these differ.
-    fn change(&mut self, old: BTreeSet<K>, new: BTreeSet<K>, name: &Name) -> bool {
+    /// Puts `name` from one set of keys to another.
+    fn change(&mut self, old: BTreeSet<K>, new: BTreeSet<K>, name: &Name) {
         old.difference(&new).for_each(|key| self.remove(key.clone(), name));
         new.difference(&old).for_each(|key| self.insert(key.clone(), name));
-        old != new
     }
 }
 

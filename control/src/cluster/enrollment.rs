@@ -180,6 +180,7 @@ impl Records {
                     if let Some((_, theirs)) = theirs {
                         add_new(&mut places, &known.places, &theirs.places);
                         if !reported {
+                            take_back(&mut failures, &known.failures, &theirs.failures);
                             add_new(&mut failures, &known.failures, &theirs.failures);
                         }
                         self.set(node, theirs);
@@ -229,6 +230,16 @@ fn add_new<T: Clone>(
     for (uid, value) in theirs.iter().filter(|(uid, _)| !known.contains_key(*uid)) {
         ours.entry(uid.clone()).or_insert_with(|| value.clone());
     }
+}
+
+/// Removes what was `known` and `theirs` has no longer, where `ours` still says the same. Not for who is enrolled: that ends
+/// for each replica when it sees so itself.
+fn take_back<T: PartialEq>(
+    ours: &mut BTreeMap<String, T>,
+    known: &BTreeMap<String, T>,
+    theirs: &BTreeMap<String, T>,
+) {
+    ours.retain(|uid, value| theirs.contains_key(uid) || known.get(uid) != Some(value));
 }
 
 fn what(node: &str) -> String {
@@ -297,4 +308,28 @@ pub fn read(object: &DynamicObject) -> Result<(String, Record), ClusterError> {
     };
     let seen = seen.map_err(invalid)?;
     Ok((node, Record { version, places, failures, seen }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_others_wrote_meanwhile() {
+        let map = |entries: &[(&str, &str)]| {
+            entries.iter().map(|(uid, why)| ((*uid).to_owned(), (*why).to_owned())).collect::<Failures>()
+        };
+        let known = map(&[("a", "1"), ("b", "1"), ("c", "1")]);
+        // They took back a and b and added d and e; of these we have something newer to say of b, and of e.
+        let theirs = map(&[("c", "2"), ("d", "1"), ("e", "1")]);
+        let mut ours = map(&[("a", "1"), ("b", "2"), ("c", "1"), ("e", "2")]);
+        take_back(&mut ours, &known, &theirs);
+        add_new(&mut ours, &known, &theirs);
+        assert_eq!(ours, map(&[("b", "2"), ("c", "1"), ("d", "1"), ("e", "2")]));
+        // What we took back they cannot bring back by having left it there.
+        let mut ours = map(&[]);
+        take_back(&mut ours, &known, &known);
+        add_new(&mut ours, &known, &known);
+        assert_eq!(ours, map(&[]));
+    }
 }

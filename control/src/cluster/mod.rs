@@ -86,6 +86,11 @@ pub fn code(error: &kube::Error) -> u16 {
     }
 }
 
+/// Whether the API server answered no more than "not now": it is starting or overloaded, and nobody has to mend anything.
+pub fn passes(code: u16) -> bool {
+    code == 429 || code >= 500
+}
+
 /// An error in one line, without the debugging text that kube's own words repeat.
 pub fn words(error: &kube::Error) -> String {
     match error {

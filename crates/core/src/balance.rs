@@ -28,11 +28,11 @@ pub fn pick(
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
 
     /// A small deterministic generator, so that a failure can be repeated.
-    fn lcg() -> impl FnMut(usize) -> usize {
+    pub(crate) fn lcg() -> impl FnMut(usize) -> usize {
         let mut state = 42u64;
         move |n| {
             state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);

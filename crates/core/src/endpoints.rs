@@ -131,7 +131,7 @@ mod tests {
     use std::{collections::BTreeSet, net::Ipv4Addr};
 
     use super::*;
-    use crate::{PortMapping, SpiffeId, TrustDomain};
+    use crate::{PortMapping, SpiffeId, TrustDomain, balance::tests::lcg};
 
     const CLUSTER: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 96, 0, 1));
 
@@ -183,11 +183,7 @@ mod tests {
     ) -> BTreeSet<String> {
         let mut endpoints = Endpoints::default();
         all.iter().for_each(|w| endpoints.insert(Arc::new(w.clone())));
-        let mut n = 0;
-        let mut random = |len: usize| {
-            n += 7;
-            n % len
-        };
+        let mut random = lcg();
         let caller = Caller { node, zone, dialled };
         let once =
             |_| endpoints.choose(service, 80, caller, &mut random, |_| 0).map(|(w, _)| w.name.to_string());

@@ -52,8 +52,11 @@ pub enum Failure {
     Missing,
     #[error("{}", cluster::words(.0))]
     Request(#[from] kube::Error),
-    #[error("{0}")]
-    Told(String),
+    /// A watch that had begun was told so.
+    #[error("{message}")]
+    Told { message: String, code: u16 },
+    #[error("no answer within {0:?}")]
+    Late(Duration),
     #[error("resourceVersion {0:?} is not a number")]
     NoVersion(String),
     #[error(
@@ -61,6 +64,17 @@ pub enum Failure {
          See docs/operate.md, After a restored back-up"
     )]
     Back { now: u64, seen: u64 },
+}
+
+impl Failure {
+    /// As [`cluster::passes`] has it.
+    pub fn passes(&self) -> bool {
+        match self {
+            Self::Request(error) => cluster::passes(cluster::code(error)),
+            Self::Told { code, .. } => cluster::passes(*code),
+            Self::Missing | Self::Late(_) | Self::NoVersion(_) | Self::Back { .. } => false,
+        }
+    }
 }
 
 /// What may be asked of it although its watch seems to work.
@@ -204,7 +218,7 @@ impl ListWatch {
     }
 
     fn late(&self) -> Failure {
-        Failure::Told(format!("no answer within {:?}", self.patience()))
+        Failure::Late(self.patience())
     }
 
     /// What an event says; None if a new list has to.
@@ -223,7 +237,9 @@ impl ListWatch {
             }
             // Too old to go on.
             WatchEvent::Error(status) if status.code == 410 => return Ok(None),
-            WatchEvent::Error(status) => return Err(Failure::Told(status.message)),
+            WatchEvent::Error(status) => {
+                return Err(Failure::Told { message: status.message, code: status.code });
+            }
         };
         if let Next::Applied(_, now) | Next::Deleted(_, now) | Next::Nothing(now) = next {
             if now < self.seen {

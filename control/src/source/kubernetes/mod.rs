@@ -149,9 +149,14 @@ impl Source {
         // A list that was asked for, and whether it told what the watch had not.
         let (newest, missed);
         let (change, heard) = match told {
-            Told::Broken { what, why } => {
+            Told::Broken { what, why, passes } => {
                 if self.broken.get(what) != Some(&why) {
-                    tracing::error!(target: "source", "cannot watch {what}: {why}; trying again");
+                    match passes {
+                        true => tracing::warn!(target: "source", "cannot watch {what}: {why}; trying again"),
+                        false => {
+                            tracing::error!(target: "source", "cannot watch {what}: {why}; trying again")
+                        }
+                    }
                     self.broken.insert(what, why);
                 }
                 return true;

@@ -69,6 +69,8 @@ pub enum Told {
     Broken {
         what: &'static str,
         why: String,
+        /// As [`crate::cluster::passes`] has it.
+        passes: bool,
     },
     /// Said with every sign of life.
     Working {
@@ -92,7 +94,7 @@ pub async fn objects(client: Client, kind: Kind, asks: Arc<Asks>, told: mpsc::Se
             Ok(Next::Nothing(version)) => Event::Nothing(version),
             Err(Failure::Missing) if kind.is_optional() => Event::Missing,
             Err(failure) => {
-                let broken = Told::Broken { what: kind.plural(), why: failure.to_string() };
+                let broken = broken(kind.plural(), &failure);
                 if told.send(broken).await.is_err() {
                     return;
                 }
@@ -147,12 +149,13 @@ async fn list_and_watch(
                 None => Event::Nothing(version),
             },
             Ok(Next::Deleted(object, version)) => Event::Deleted(object.name_any(), version),
+            Err(Failure::Missing) => {
+                let why = REMEDY.to_owned();
+                told.send(Told::Broken { what: ENROLLMENT, why, passes: false }).await.ok()?;
+                continue;
+            }
             Err(failure) => {
-                let why = match failure {
-                    Failure::Missing => REMEDY.to_owned(),
-                    failure => failure.to_string(),
-                };
-                told.send(Told::Broken { what: ENROLLMENT, why }).await.ok()?;
+                told.send(broken(ENROLLMENT, &failure)).await.ok()?;
                 continue;
             }
         };
@@ -169,10 +172,14 @@ async fn record(told: &mpsc::Sender<Told>, object: &DynamicObject) -> Option<Opt
         Ok(record) => Some(Some(record)),
         Err(error) => {
             let why = format!("{error}; if it cannot be mended, delete it");
-            told.send(Told::Broken { what: ENROLLMENT, why }).await.ok()?;
+            told.send(Told::Broken { what: ENROLLMENT, why, passes: false }).await.ok()?;
             Some(None)
         }
     }
+}
+
+fn broken(what: &'static str, failure: &Failure) -> Told {
+    Told::Broken { what, why: failure.to_string(), passes: failure.passes() }
 }
 
 fn key(kind: Kind, object: &DynamicObject) -> ObjectKey {
