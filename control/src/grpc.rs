@@ -19,7 +19,7 @@ use weft_proto::{
 use weft_xds::Progress;
 
 use crate::{
-    auth::Authenticator,
+    auth::{Authenticator, Caller},
     ca::Authority,
     controller::{Input, Report},
     tls::Incoming,
@@ -42,7 +42,8 @@ pub async fn serve(
     inputs: mpsc::Sender<Input>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), tonic::transport::Error> {
-    let ca = Ca { authenticator: authenticator.clone(), authority: Arc::new(authority) };
+    let (authority, known) = (Arc::new(authority), progress.clone());
+    let ca = Ca { authenticator: authenticator.clone(), progress: known, authority };
     let node = Node { authenticator, progress, inputs };
     let (stop, stopped) = oneshot::channel::<()>();
     let server = weft_xds::with_keepalive(Server::builder())
@@ -60,11 +61,13 @@ pub async fn serve(
 
 struct Ca {
     authenticator: Authenticator,
+    progress: Progress,
     authority: Arc<Authority>,
 }
 
 #[tonic::async_trait]
 impl IstioCertificateService for Ca {
+    /// Which pods are on an agent's node a replica that has seen less than the agent does not know.
     async fn create_certificate(
         &self,
         request: Request<IstioCertificateRequest>,
@@ -74,6 +77,9 @@ impl IstioCertificateService for Ca {
             .caller(request.metadata())
             .await
             .inspect_err(|refused| self.authority.refused_caller(refused.reason()))?;
+        if let Caller::Node(_) = caller {
+            self.progress.reach(request.metadata()).await?;
+        }
         let request = request.into_inner();
         let asked = request.metadata.as_ref().and_then(|metadata| metadata.fields.get(IMPERSONATED_IDENTITY));
         let asked = match asked.map(|value| value.kind.as_ref()) {

@@ -9,15 +9,17 @@ use std::{collections::BTreeMap, time::Duration};
 use prost::Message;
 use serde_json::json;
 use tokio::time::{Instant, timeout};
+use tonic::Code;
 use weft_proto::{
     type_url,
     workload::{Address, TunnelProtocol, address},
 };
 
 use self::support::{
-    Agent, LONG, UID,
+    Agent, LONG, UID, WEB,
     api::KINDS,
-    cluster::{AGENT, Cluster, OTHER_AGENT, condition, counts, eventually, ready},
+    certificate,
+    cluster::{AGENT, Cluster, OTHER_AGENT, POD, condition, counts, eventually, ready},
     report,
 };
 
@@ -68,9 +70,10 @@ async fn an_agent_that_comes_to_a_replica_behind_is_told_nothing_older() {
     assert_eq!(told(&mut agent, UID, Duration::from_secs(8)).await, [true]);
 }
 
-/// A report is judged by what its agent knows: a replica behind could take its pods for others of their name.
+/// A report is judged by what its agent knows: a replica behind could take its pods for others of their name. So is a
+/// request for a certificate.
 #[tokio::test]
-async fn a_replica_behind_takes_no_report() {
+async fn a_replica_behind_takes_no_report_and_issues_nothing() {
     let cluster = Cluster::new();
     cluster.pod("web", "10.1.0.2");
     let door = cluster.api.door();
@@ -89,10 +92,14 @@ async fn a_replica_behind_takes_no_report() {
     }
     let mut endpoint = cluster.endpoint(&other, AGENT);
     endpoint.seen = Some(agent.seen.subscribe());
-    assert!(report(&endpoint, &[UID]).await.is_err());
+    let refused = tokio::join!(report(&endpoint, &[UID]), certificate(&endpoint, WEB));
+    assert_eq!(refused, (Err(Code::Unavailable), Err(Code::Unavailable)));
     assert_eq!(cluster.enrollment(), None);
+    // Whoever has seen nothing is not behind, and asks for itself.
+    certificate(&cluster.endpoint(&other, POD), WEB).await.unwrap();
     door.hold(&[]);
     report(&endpoint, &[UID]).await.unwrap();
+    certificate(&endpoint, WEB).await.unwrap();
     assert_eq!(cluster.enrollment().unwrap()["enrolled"][0]["addresses"], json!(["10.1.0.9"]));
 }
 

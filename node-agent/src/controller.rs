@@ -1,6 +1,11 @@
-//! The calls an agent makes of the controller beside the xDS stream, all over one channel with the join token.
+//! The calls an agent makes of the controller beside the xDS stream, all over one connection with the join token. After one
+//! that failed it is another connection, which may lead to another replica.
 
-use std::{path::Path, time::Duration};
+use std::{
+    path::Path,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use anyhow::Context;
 use tonic::{Request, Status};
@@ -24,24 +29,25 @@ const SERVER_NAME: &str = "weft-control";
 #[derive(Clone)]
 pub struct Controller {
     endpoint: ControlEndpoint,
-    ca: IstioCertificateServiceClient<AuthenticatedChannel>,
-    node: NodeServiceClient<AuthenticatedChannel>,
+    channel: Arc<Mutex<AuthenticatedChannel>>,
 }
 
 impl Controller {
     pub fn new(endpoint: &ControlEndpoint) -> anyhow::Result<Self> {
-        let channel = weft_xds::channel(endpoint)?;
-        Ok(Self {
-            ca: IstioCertificateServiceClient::new(channel.clone()),
-            node: NodeServiceClient::new(channel),
-            endpoint: endpoint.clone(),
-        })
+        let channel = Arc::new(Mutex::new(weft_xds::channel(endpoint)?));
+        Ok(Self { endpoint: endpoint.clone(), channel })
     }
 
-    /// From now on reports go over another connection, and so maybe to another replica.
-    pub fn reconnect(&mut self) -> anyhow::Result<()> {
-        self.node = NodeServiceClient::new(weft_xds::channel(&self.endpoint)?);
-        Ok(())
+    fn channel(&self) -> AuthenticatedChannel {
+        self.channel.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// What a call came to; its connection is not used again if it failed.
+    fn outcome<T>(&self, outcome: Result<T, Status>) -> Result<T, Status> {
+        if let (Err(_), Ok(channel)) = (&outcome, weft_xds::channel(&self.endpoint)) {
+            *self.channel.lock().unwrap_or_else(PoisonError::into_inner) = channel;
+        }
+        outcome
     }
 
     pub async fn create_certificate(
@@ -50,13 +56,14 @@ impl Controller {
     ) -> Result<IstioCertificateResponse, Status> {
         let mut request = Request::new(request);
         request.set_timeout(CALL_TIMEOUT);
-        Ok(self.ca.clone().create_certificate(request).await?.into_inner())
+        let mut ca = IstioCertificateServiceClient::new(self.channel());
+        Ok(self.outcome(ca.create_certificate(request).await)?.into_inner())
     }
 
     pub async fn report_enrollment(&self, report: EnrollmentReport) -> Result<(), Status> {
         let mut request = Request::new(report);
         request.set_timeout(CALL_TIMEOUT);
-        self.node.clone().report_enrollment(request).await?;
+        self.outcome(NodeServiceClient::new(self.channel()).report_enrollment(request).await)?;
         Ok(())
     }
 }

@@ -434,7 +434,7 @@ fn far() -> Instant {
 
 /// Sends every report upward, and the newest again after each reconnect, until the controller has it.
 pub async fn report_upward(
-    mut controller: Controller,
+    controller: Controller,
     mut reports: watch::Receiver<EnrollmentReport>,
     mut connected: watch::Receiver<bool>,
 ) {
@@ -450,9 +450,6 @@ pub async fn report_upward(
                 error = status.message(),
                 "the controller has not taken the enrolment report; trying again"
             );
-            if let Err(error) = controller.reconnect() {
-                warn!(%error, "another connection for reports");
-            }
             Instant::now() + Duration::from_millis(500)
         } else {
             far()

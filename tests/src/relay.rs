@@ -33,6 +33,8 @@ struct Gates {
     hold_news: bool,
     hold_reports: bool,
     refuse: bool,
+    /// New connections go to the first controller that answers, not to each in turn.
+    in_order: bool,
     /// Connections up to this number are held, both ways.
     hold_old: u64,
     next: u64,
@@ -52,8 +54,8 @@ impl Shared {
         self.gates.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// Writes `bytes` of connection `id` once the gate of `direction` is open. The lock is kept while writing: when `hold` has returned,
-    /// nothing passes any more.
+    /// Writes `bytes` of connection `id` once the gate of `direction` is open. The lock is kept while writing: when `hold`
+    /// has returned, nothing passes any more.
     fn pass(&self, id: u64, direction: Direction, to: &mut TcpStream, bytes: &[u8]) -> std::io::Result<()> {
         let shut = |gates: &mut Gates| {
             let held = match direction {
@@ -84,13 +86,14 @@ impl Relay {
         };
         let (shared, node, controllers) = (relay.shared.clone(), node.clone(), controllers.to_vec());
         std::thread::spawn(move || {
-            let mut first = 0;
+            let mut next = 0;
             while let Ok((agent, _)) = listener.accept() {
+                let first = if shared.gates().in_order { 0 } else { next };
                 let answering = (0..controllers.len()).find_map(|tried| {
                     let dial = Dial::to(controllers[(first + tried) % controllers.len()]);
                     node.run(|| dial.timeout(Duration::from_secs(2)).connect()).ok()?.ok()
                 });
-                first += 1;
+                next += 1;
                 // With the controller away the agent's connection just ends, as it would without a relay.
                 if let Some(controller) = answering {
                     let _ = splice(&shared, agent, controller);
@@ -103,6 +106,11 @@ impl Relay {
     /// Where the agent finds the controller.
     pub fn address(&self) -> SocketAddr {
         self.address
+    }
+
+    /// From now on connects to the first controller as long as that answers.
+    pub fn prefer_first(&self) {
+        self.shared.gates().in_order = true;
     }
 
     /// Holds both directions.

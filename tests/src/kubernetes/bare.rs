@@ -204,6 +204,11 @@ impl ApiCluster {
         Ok(())
     }
 
+    /// From now on every agent connects to the first controller as long as that answers.
+    pub fn prefer_first_controller(&self) {
+        self.agents.values().for_each(|agent| agent.relay.prefer_first());
+    }
+
     /// Starts recording the wire between the nodes.
     pub fn capture(&self) -> Result<Capture> {
         self.topology.capture()

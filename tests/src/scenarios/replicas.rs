@@ -29,7 +29,7 @@ fn behind(cluster: Builder) -> Result<()> {
     let cluster = ApiCluster::start(cluster.name(), &NODES, 2)?;
     cluster.start_controllers()?;
     let [own, lagging] = cluster.controllers() else { return Err(anyhow!("not two controllers")) };
-    // So that both agents are with the first one.
+    cluster.prefer_first_controller();
     lagging.kill()?;
     cluster.start_agents()?;
     cluster.namespace("shop", &[])?;

@@ -95,7 +95,9 @@ pub struct ListWatch {
     asked: bool,
     /// Up to where everything has been told, once there was a list.
     seen: u64,
+    /// One after the other, without a watch that works in between; and whether the last thing was one.
     failures: u32,
+    failed: bool,
 }
 
 enum State {
@@ -112,16 +114,17 @@ enum State {
 
 impl ListWatch {
     pub fn new(api: Api<DynamicObject>, asks: Arc<Asks>) -> Self {
-        Self { api, asks, state: State::Unlisted, asked: false, seen: 0, failures: 0 }
+        Self { api, asks, state: State::Unlisted, asked: false, seen: 0, failures: 0, failed: false }
     }
 
     /// What comes next, for ever. After a failure it waits first.
     pub async fn next(&mut self) -> Result<Next, Failure> {
-        if self.failures > 0 {
+        if self.failed {
             sleep((FIRST_RETRY * (1 << self.failures.min(8))).min(LAST_RETRY)).await;
         }
         let next = self.advance().await;
-        self.failures = if next.is_err() { self.failures + 1 } else { 0 };
+        self.failed = next.is_err();
+        self.failures += u32::from(self.failed);
         next
     }
 
@@ -149,11 +152,17 @@ impl ListWatch {
                     let params = WatchParams::default().timeout(WATCH_SECONDS);
                     let from = self.seen.to_string();
                     self.state = match timeout(self.patience(), self.api.watch(&params, &from)).await {
-                        Ok(Ok(events)) => State::Watching(events.boxed()),
-                        // Too old to go on, or newer than what there is.
-                        Ok(Err(kube::Error::Api(status))) if matches!(status.code, 410 | 504) => continue,
+                        Ok(Ok(events)) => {
+                            self.failures = 0;
+                            State::Watching(events.boxed())
+                        }
+                        // Too old to go on.
+                        Ok(Err(kube::Error::Api(status))) if status.code == 410 => continue,
                         Ok(Err(error)) => {
-                            self.state = State::Listed;
+                            // This may mean that it is newer than what there is, which a list tells.
+                            if cluster::code(&error) != 504 {
+                                self.state = State::Listed;
+                            }
                             return Err(error.into());
                         }
                         Err(_) => {
