@@ -11,10 +11,10 @@ use std::{
 use clap::{Args, Parser, Subcommand};
 use ipnet::IpNet;
 use serde::Deserialize;
-use weft_api::field::is_dns_subdomain;
+use weft_api::{DefaultInbound, field::is_dns_subdomain};
 use weft_core::TrustDomain;
 
-use crate::translate::MeshSettings;
+use crate::translate::{Inbound, MeshSettings};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -114,6 +114,14 @@ struct Flags {
     /// DNS domain of Services. [default: cluster.local]
     #[arg(long, env = "WEFT_CLUSTER_DOMAIN", value_name = "DOMAIN")]
     cluster_domain: Option<String>,
+    /// Who may call a pod where no policy and no annotation says it: all-unauthenticated, audit, all-authenticated,
+    /// cluster-authenticated or deny. [default: all-unauthenticated]
+    #[arg(long, env = "WEFT_DEFAULT_INBOUND", value_name = "WHO")]
+    default_inbound: Option<String>,
+    /// The least that annotations of namespaces may say of that. With all-authenticated or cluster-authenticated, no policy
+    /// lets anybody in who does not prove such an identity. [default: all-unauthenticated]
+    #[arg(long, env = "WEFT_INBOUND_FLOOR", value_name = "WHO")]
+    inbound_floor: Option<String>,
     /// With `false`, every pod leaves the mesh, whatever its labels say: before an uninstallation. In a cluster only.
     /// [default: true]
     #[arg(long, env = "WEFT_MESH_ENABLED", value_name = "BOOL")]
@@ -196,6 +204,8 @@ impl Flags {
             trust_domain: self.trust_domain.or(other.trust_domain),
             cluster_id: self.cluster_id.or(other.cluster_id),
             cluster_domain: self.cluster_domain.or(other.cluster_domain),
+            default_inbound: self.default_inbound.or(other.default_inbound),
+            inbound_floor: self.inbound_floor.or(other.inbound_floor),
             mesh_enabled: self.mesh_enabled.or(other.mesh_enabled),
             log: self.log.or(other.log),
         }
@@ -205,6 +215,10 @@ impl Flags {
         const NETWORKS: &str = "what is in none of these ranges is not captured, so they have no default";
         let missing = |flag, hint| ConfigError::Missing { flag, hint };
         let invalid = |flag, why: String| ConfigError::Invalid { flag, why };
+        let who = |flag, value: Option<String>| match value.as_deref() {
+            None | Some("") => Ok(DefaultInbound::default()),
+            Some(text) => text.parse().map_err(|why| invalid(flag, why)),
+        };
         let text = |value: Option<String>, default: &str| value.unwrap_or_else(|| default.to_owned());
 
         let trust_domain = TrustDomain::new(&text(self.trust_domain, "cluster.local"))
@@ -239,6 +253,10 @@ impl Flags {
             )?,
             external_networks: networks("--external-networks", self.external_networks)?.unwrap_or_default(),
             netns_annotations: in_directory,
+            inbound: Inbound {
+                default: who("--default-inbound", self.default_inbound)?,
+                floor: who("--inbound-floor", self.inbound_floor)?,
+            },
             enabled: self.mesh_enabled.unwrap_or(true),
         };
         let port =

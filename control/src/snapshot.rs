@@ -23,7 +23,7 @@ pub struct Builder {
 impl Builder {
     /// Takes in changes, for the next snapshot.
     pub fn apply(&mut self, changes: Changes) {
-        let Changes { addresses, local, mesh, nodes, problems: _ } = changes;
+        let Changes { addresses, local, mesh, nodes, policies, problems: _ } = changes;
         let Snapshot { shared, per_node, .. } = &mut self.snapshot;
         let known = shared.entry(type_url::ADDRESS).or_default();
         for (name, address) in addresses {
@@ -32,6 +32,10 @@ impl Builder {
         let known = shared.entry(type_url::NODE).or_default();
         for (name, node) in nodes {
             self.changed |= set(known, name, node.map(|node| node.encode_to_vec()));
+        }
+        let known = shared.entry(type_url::AUTHORIZATION).or_default();
+        for (name, policy) in policies {
+            self.changed |= set(known, name, policy.map(|policy| policy.encode_to_vec()));
         }
         if let Some(mesh) = mesh {
             let known = shared.entry(type_url::MESH_CONFIG).or_default();

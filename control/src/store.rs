@@ -8,7 +8,7 @@ use std::{
 };
 
 use weft_api::{
-    EndpointSlice, Kind, Namespace, Node, Object, ObjectKey, Pod, Service, ServiceCidr,
+    AuthorizationPolicy, EndpointSlice, Kind, Namespace, Node, Object, ObjectKey, Pod, Service, ServiceCidr,
     discovery::{AddressType, Endpoint},
 };
 
@@ -25,6 +25,7 @@ pub struct Store {
     pub slices: BTreeMap<Name, Arc<EndpointSlice>>,
     pub nodes: BTreeMap<String, Arc<Node>>,
     pub service_cidrs: BTreeMap<String, Arc<ServiceCidr>>,
+    pub policies: BTreeMap<Name, Arc<AuthorizationPolicy>>,
     pub indexes: Indexes,
     touched: Touched,
 }
@@ -91,6 +92,7 @@ pub struct Touched {
     pub moved_nodes: BTreeSet<String>,
     /// The ranges of the cluster.
     pub networks: bool,
+    pub policies: BTreeSet<Name>,
 }
 
 impl Store {
@@ -115,6 +117,13 @@ impl Store {
         self.pods.range(begin..).map(|(name, _)| name).take_while(move |name| name.0 == namespace)
     }
 
+    /// The policies of a namespace, by name.
+    pub fn policies_in(&self, namespace: &str) -> impl Iterator<Item = (&Name, &AuthorizationPolicy)> {
+        let begin = (namespace.to_owned(), String::new());
+        let policies = self.policies.range(begin..).take_while(move |(name, _)| name.0 == namespace);
+        policies.map(|(name, policy)| (name, &**policy))
+    }
+
     fn upsert(&mut self, object: Object) {
         let ObjectKey { namespace, name, .. } = object.key();
         match object {
@@ -124,6 +133,7 @@ impl Store {
             Object::EndpointSlice(o) => self.set_slice((namespace, name), Some(o)),
             Object::Node(o) => self.set_node(name, Some(o)),
             Object::ServiceCidr(o) => self.set_service_cidr(name, Some(o)),
+            Object::AuthorizationPolicy(o) => self.set_policy((namespace, name), Some(o)),
         }
     }
 
@@ -136,6 +146,7 @@ impl Store {
             Kind::EndpointSlice => self.set_slice(name, None),
             Kind::Node => self.set_node(name.1, None),
             Kind::ServiceCidr => self.set_service_cidr(name.1, None),
+            Kind::AuthorizationPolicy => self.set_policy(name, None),
         }
     }
 
@@ -197,8 +208,13 @@ impl Store {
         self.touched.networks = true;
     }
 
+    fn set_policy(&mut self, name: Name, new: Option<Arc<AuthorizationPolicy>>) {
+        set(&mut self.policies, name.clone(), new);
+        self.touched.policies.insert(name);
+    }
+
     /// How many objects of each kind there are.
-    pub fn counts(&self) -> [(Kind, usize); 6] {
+    pub fn counts(&self) -> [(Kind, usize); 7] {
         [
             (Kind::Namespace, self.namespaces.len()),
             (Kind::Pod, self.pods.len()),
@@ -206,6 +222,7 @@ impl Store {
             (Kind::EndpointSlice, self.slices.len()),
             (Kind::Node, self.nodes.len()),
             (Kind::ServiceCidr, self.service_cidrs.len()),
+            (Kind::AuthorizationPolicy, self.policies.len()),
         ]
     }
 }

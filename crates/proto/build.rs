@@ -2,6 +2,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let files = [
         "proto/envoy/discovery.proto",
         "proto/istio/workload.proto",
+        "proto/istio/authorization.proto",
         "proto/istio/ca.proto",
         "proto/weft/node.proto",
         "proto/weft/service.proto",

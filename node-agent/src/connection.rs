@@ -2,17 +2,23 @@
 
 use std::{
     net::SocketAddr,
-    pin::Pin,
+    pin::{Pin, pin},
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::{counter::Counter, family::Family};
 use tracing::{info, warn};
-use weft_core::{Service, SpiffeId, Workload};
+use weft_core::{
+    Service, SpiffeId, Workload,
+    policy::{self, Decision},
+};
 use weft_transport::{Counters, RelayError};
 
-use crate::metrics::{ConnectionLabels, FailureLabels, Metrics, Reporter, Security, Text};
+use crate::{
+    authorization::Admission,
+    metrics::{AuthorizationLabels, ConnectionLabels, FailureLabels, Metrics, Reporter, Security, Text, Verdict},
+};
 
 /// One end of a connection, as far as it is known.
 #[derive(Debug, Clone, Default)]
@@ -55,7 +61,20 @@ pub struct Connection {
     pub security: Security,
     /// W3C trace context, the same in both agents' logs.
     pub trace: Option<String>,
+    /// What policies say of the caller, and which one.
+    judged: Option<(Verdict, Option<Arc<str>>)>,
     started: Instant,
+}
+
+/// How a connection ended, for its line in the access log; or that it did not.
+enum End<'a> {
+    Complete,
+    Failed {
+        reason: &'a str,
+        detail: &'a str,
+    },
+    /// It begins, on trial.
+    Audited,
 }
 
 /// Why a connection was not carried. The label is for metrics, the text for a person.
@@ -84,6 +103,7 @@ impl Connection {
             service: None,
             security: Security::plaintext,
             trace: None,
+            judged: None,
             started: Instant::now(),
         }
     }
@@ -94,10 +114,36 @@ impl Connection {
             .failed
             .get_or_create(&FailureLabels { reporter: self.reporter, reason: refusal.reason })
             .inc();
-        self.log(0, 0, Some((refusal.reason, refusal.detail.as_str())));
+        self.log(0, 0, End::Failed { reason: refusal.reason, detail: &refusal.detail });
     }
 
-    fn opened<'a>(&'a self, counters: &'a Counters) -> Open<'a> {
+    /// Counts what policies say of the caller, whose identity must be known by now. That somebody is let in on trial is
+    /// said at once, since connections may last.
+    pub fn judged(&mut self, decision: &Decision) {
+        let verdict = match decision.verdict {
+            policy::Verdict::Allowed => Verdict::allowed,
+            policy::Verdict::Audited => Verdict::audited,
+            policy::Verdict::Denied => Verdict::denied,
+        };
+        let [_, source_namespace, source_principal] = self.source.labels();
+        let [destination_workload, destination_namespace, _] = self.destination.labels();
+        let policy = Text(decision.policy.clone().unwrap_or_else(|| "none".into()));
+        let labels = AuthorizationLabels {
+            verdict,
+            policy,
+            source_namespace,
+            source_principal,
+            destination_workload,
+            destination_namespace,
+        };
+        self.metrics.authorization.get_or_create(&labels).inc();
+        self.judged = Some((verdict, decision.policy.clone()));
+        if verdict == Verdict::audited {
+            self.log(0, 0, End::Audited);
+        }
+    }
+
+    fn opened<'a>(&'a mut self, counters: &'a Counters) -> Open<'a> {
         let [source_workload, source_namespace, source_principal] = self.source.labels();
         let [destination_workload, destination_namespace, destination_principal] = self.destination.labels();
         let labels = ConnectionLabels {
@@ -111,11 +157,14 @@ impl Connection {
             destination_service: self.service.as_ref().map_or_else(Text::unknown, |s| Text(s.name.clone())),
             security: self.security,
         };
-        self.metrics.opened.get_or_create(&labels).inc();
+        let counter = |family: &Family<ConnectionLabels, Counter>| family.get_or_create(&labels).clone();
+        counter(&self.metrics.opened).inc();
+        let [closed, sent, received] =
+            [&self.metrics.closed, &self.metrics.sent, &self.metrics.received].map(counter);
         Open {
-            closed: self.metrics.closed.get_or_create(&labels).clone(),
-            sent: self.metrics.sent.get_or_create(&labels).clone(),
-            received: self.metrics.received.get_or_create(&labels).clone(),
+            closed,
+            sent,
+            received,
             connection: self,
             counters,
             reported: (0, 0),
@@ -123,7 +172,8 @@ impl Connection {
         }
     }
 
-    fn log(&self, sent: u64, received: u64, error: Option<(&str, &str)>) {
+    fn log(&self, sent: u64, received: u64, end: End) {
+        let judged = self.judged.as_ref();
         macro_rules! line {
             ($level:ident, $($more:tt)*) => {
                 $level!(
@@ -141,6 +191,8 @@ impl Connection {
                     dst.identity = self.destination.principal.as_ref().map(tracing::field::display),
                     security = ?self.security,
                     trace = self.trace.as_deref(),
+                    verdict = judged.map(|(verdict, _)| tracing::field::debug(verdict)),
+                    policy = judged.and_then(|(_, policy)| policy.as_deref()),
                     bytes_sent = sent,
                     bytes_received = received,
                     duration_ms = self.started.elapsed().as_millis() as u64,
@@ -148,9 +200,10 @@ impl Connection {
                 )
             };
         }
-        match error {
-            None => line!(info, "connection complete"),
-            Some((reason, detail)) => line!(warn, reason, error = detail, "connection failed"),
+        match end {
+            End::Complete => line!(info, "connection complete"),
+            End::Failed { reason, detail } => line!(warn, reason, error = detail, "connection failed"),
+            End::Audited => line!(warn, "connection would be denied"),
         }
     }
 }
@@ -159,18 +212,34 @@ impl Connection {
 const REPORT_INTERVAL: Duration = Duration::from_secs(10);
 
 /// Runs `relaying` to its end with `connection` counted as open, its bytes as they flow, and its end logged; also where
-/// the future is dropped, because the pod went or the agent's time to drain was over.
+/// the future is dropped, because the pod went or the agent's time to drain was over. Ends early where the caller was let
+/// in by policies that no longer do.
 pub async fn carry(
-    connection: &Connection,
+    connection: &mut Connection,
+    admission: Option<Admission>,
     counters: &Counters,
     mut relaying: Pin<&mut impl Future<Output = Result<(), RelayError>>>,
 ) {
     let mut open = connection.opened(counters);
+    let mut revoked = pin!(async {
+        match admission {
+            Some(mut admission) => admission.revoked().await,
+            None => std::future::pending().await,
+        }
+    });
     loop {
-        match tokio::time::timeout(REPORT_INTERVAL, &mut relaying).await {
-            Err(_) => open.report(),
-            Ok(result) => {
-                open.error = result.err().map(|e| (e.reason(), e.to_string()));
+        tokio::select! {
+            biased;
+            end = tokio::time::timeout(REPORT_INTERVAL, &mut relaying) => match end {
+                Err(_) => open.report(),
+                Ok(result) => {
+                    open.error = result.err().map(|e| (e.reason(), e.to_string()));
+                    return;
+                }
+            },
+            (decision, refusal) = &mut revoked => {
+                open.connection.judged(&decision);
+                open.error = Some((refusal.reason, refusal.detail));
                 return;
             }
         }
@@ -179,7 +248,7 @@ pub async fn carry(
 
 /// A connection that is being carried.
 struct Open<'a> {
-    connection: &'a Connection,
+    connection: &'a mut Connection,
     counters: &'a Counters,
     closed: Counter,
     sent: Counter,
@@ -207,7 +276,10 @@ impl Drop for Open<'_> {
         self.report();
         self.closed.inc();
         let (sent, received) = self.reported;
-        let error = self.error.as_ref().map(|(reason, detail)| (*reason, detail.as_str()));
-        self.connection.log(sent, received, error);
+        let end = match &self.error {
+            Some((reason, detail)) => End::Failed { reason, detail },
+            None => End::Complete,
+        };
+        self.connection.log(sent, received, end);
     }
 }

@@ -146,6 +146,7 @@ fn workload(name: &str, w: wire::Workload, trust_domain: &TrustDomain) -> Result
         tunnel,
         health,
         services,
+        policies: w.authorization_policies.iter().map(|name| name.as_str().into()).collect(),
     })
 }
 

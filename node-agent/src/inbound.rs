@@ -8,6 +8,7 @@ use weft_core::{AddressKind, TUNNEL_PORT};
 use weft_transport::{Counters, Incoming, Stream, relay, relay_plain, serve};
 
 use crate::{
+    authorization::{self, Admission},
     connection::{Connection, Party, Refusal, carry},
     metrics::{Reporter, Security},
     pod::{Phase, PodHandle},
@@ -66,10 +67,10 @@ async fn tunnelled(worker: Rc<Worker>, pod: Arc<PodHandle>, incoming: Box<Incomi
         return connection.refused(&Refusal::new("too_many_connections", "the pod's limit is reached"));
     };
     // What is needed to answer is not needed any more once the stream flows.
-    match Box::pin(answer(&worker, &pod, incoming)).await {
-        Ok((app, stream)) => {
+    match Box::pin(answer(&worker, &pod, &mut connection, incoming)).await {
+        Ok((app, stream, admission)) => {
             let counters = Counters::default();
-            carry(&connection, &counters, pin!(relay(app, stream, &counters))).await;
+            carry(&mut connection, Some(admission), &counters, pin!(relay(app, stream, &counters))).await;
         }
         Err(refusal) => connection.refused(&refusal),
     }
@@ -79,8 +80,9 @@ async fn tunnelled(worker: Rc<Worker>, pod: Arc<PodHandle>, incoming: Box<Incomi
 async fn answer(
     worker: &Worker,
     pod: &PodHandle,
+    connection: &mut Connection,
     incoming: Box<Incoming>,
-) -> Result<(TcpStream, Stream), Refusal> {
+) -> Result<(TcpStream, Stream, Admission), Refusal> {
     let to = match check(pod, &incoming) {
         Ok(to) => to,
         Err((status, refusal)) => {
@@ -88,10 +90,19 @@ async fn answer(
             return Err(refusal);
         }
     };
+    let (identity, source) = (Some(incoming.peer.clone()), incoming.peer_addr.ip());
+    let admitted = authorization::admit(worker, pod, connection, identity, source, to.port()).await;
+    let admission = match admitted {
+        Ok(admission) => admission,
+        Err(refusal) => {
+            incoming.refuse(403, &refusal.detail);
+            return Err(refusal);
+        }
+    };
     match deliver(worker, pod, incoming.peer_addr, to).await {
         Ok(app) => {
             let stream = incoming.accept(None).map_err(|e| Refusal::new(e.reason(), e))?;
-            Ok((app, stream))
+            Ok((app, stream, admission))
         }
         Err(refusal) => {
             incoming.refuse(503, &refusal.detail);
@@ -122,7 +133,8 @@ fn check(pod: &PodHandle, incoming: &Incoming) -> Result<SocketAddr, (u16, Refus
     }
 }
 
-/// Serves a plaintext connection: let in unless its source is enrolled, and so would never send plaintext.
+/// Serves a plaintext connection: let in if policies admit callers without identity, and its source is not enrolled, which
+/// would never send plaintext.
 pub async fn plain(
     worker: Rc<Worker>,
     pod: Arc<PodHandle>,
@@ -133,16 +145,20 @@ pub async fn plain(
     let mut connection = Connection::new(worker.shared.metrics.clone(), Reporter::destination, from, to);
     connection.destination = Party::workload(pod.workload.clone());
     match Box::pin(admit(&worker, &pod, &mut connection)).await {
-        Ok(app) => {
+        Ok((app, admission)) => {
             let counters = Counters::default();
-            carry(&connection, &counters, pin!(relay_plain(app, stream, &counters))).await;
+            carry(&mut connection, Some(admission), &counters, pin!(relay_plain(app, stream, &counters))).await;
         }
         Err(refusal) => connection.refused(&refusal),
     }
 }
 
 /// Connects to the application for a plaintext caller that may come in.
-async fn admit(worker: &Worker, pod: &PodHandle, connection: &mut Connection) -> Result<TcpStream, Refusal> {
+async fn admit(
+    worker: &Worker,
+    pod: &PodHandle,
+    connection: &mut Connection,
+) -> Result<(TcpStream, Admission), Refusal> {
     let (from, to) = (connection.from, connection.to);
     let decide = |snapshot: &Snapshot| match snapshot.mesh.kind(from.ip()) {
         AddressKind::Unknown if snapshot.in_range(from.ip()) && !is_node_address(from) => None,
@@ -158,7 +174,8 @@ async fn admit(worker: &Worker, pod: &PodHandle, connection: &mut Connection) ->
     }
     // Whoever it says it is, nothing proves it: the workload is named, no principal is.
     connection.source = Party { workload: worker.snapshot().mesh.workload_at(from.ip()), principal: None };
-    deliver(worker, pod, from, to).await
+    let admission = authorization::admit(worker, pod, connection, None, from.ip(), to.port()).await?;
+    Ok((deliver(worker, pod, from, to).await?, admission))
 }
 
 /// Connects to the application from the caller's own address.

@@ -5,6 +5,7 @@
 
 mod admin;
 mod affinity;
+mod authorization;
 mod cni;
 mod config;
 mod connection;

@@ -68,6 +68,27 @@ pub struct FailureLabels {
     pub reason: &'static str,
 }
 
+/// What policies said of a caller.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, EncodeLabelValue)]
+#[allow(non_camel_case_types, reason = "label values are lower case")]
+pub enum Verdict {
+    allowed,
+    /// Let in, and would not be if what is on trial were in force.
+    audited,
+    denied,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct AuthorizationLabels {
+    pub verdict: Verdict,
+    /// What the verdict rests on; "none" where that is no single policy.
+    pub policy: Text,
+    pub source_namespace: Text,
+    pub source_principal: Text,
+    pub destination_workload: Text,
+    pub destination_namespace: Text,
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct ReasonLabels {
     pub reason: &'static str,
@@ -87,6 +108,7 @@ pub struct Metrics {
     pub sent: Family<ConnectionLabels, Counter>,
     pub received: Family<ConnectionLabels, Counter>,
     pub failed: Family<FailureLabels, Counter>,
+    pub authorization: Family<AuthorizationLabels, Counter>,
     tls_refused: Family<ReasonLabels, Counter>,
     pub enrolled: Gauge,
     pub enrollment_failures: Counter,
@@ -111,6 +133,8 @@ impl Metrics {
         let sent = register!("tcp_sent_bytes", "Bytes from the source to the destination");
         let received = register!("tcp_received_bytes", "Bytes from the destination to the source");
         let failed = register!("tcp_connections_failed", "Connections refused or not established, by reason");
+        let authorization =
+            register!("authorization", "Callers judged by policies: when they connect, and when policies cut them off");
         let tls_refused = register!("tls_refused", "TLS peers refused, by reason");
         let enrolled = register!("enrolled_pods", "Pods of this node that are enrolled");
         let enrollment_failures = register!("enrollment_failures", "Attempts to enrol a pod that failed");
@@ -132,6 +156,7 @@ impl Metrics {
             sent,
             received,
             failed,
+            authorization,
             tls_refused,
             enrolled,
             enrollment_failures,

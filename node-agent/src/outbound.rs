@@ -47,10 +47,10 @@ pub async fn serve(
     // Opening needs several times the memory that carrying does, and is over soon.
     match Box::pin(open(&worker, &pod, &mut connection)).await {
         Ok((Far::Tunnel(stream), _load)) => {
-            carry(&connection, &counters, pin!(relay(app, stream, &counters))).await;
+            carry(&mut connection, None, &counters, pin!(relay(app, stream, &counters))).await;
         }
         Ok((Far::Socket(socket), _load)) => {
-            carry(&connection, &counters, pin!(relay_plain(app, socket, &counters))).await;
+            carry(&mut connection, None, &counters, pin!(relay_plain(app, socket, &counters))).await;
         }
         Err(refusal) => connection.refused(&refusal),
     }

@@ -17,6 +17,7 @@ use weft_proto::type_url;
 use weft_xds::Update;
 
 use crate::{
+    authorization::{self, Guarded, Guards},
     convert::{self, ConvertError, LocalPod, MeshSettings},
     metrics::Metrics,
     seen::Seen,
@@ -29,6 +30,8 @@ pub struct Snapshot {
     /// `None` until the controller has sent it.
     pub settings: Option<Arc<MeshSettings>>,
     pub local: BTreeMap<Arc<str>, LocalPod>,
+    /// What policies say of the pods in `local`.
+    pub guarded: Guarded,
     /// Every type has arrived at least once.
     pub synced: bool,
 }
@@ -53,8 +56,13 @@ enum ApplyError {
 }
 
 /// Resource types in the order in which they are asked for: settings first, because reading the others needs them.
-pub const TYPES: [&str; 4] =
-    [type_url::MESH_CONFIG, type_url::NODE, type_url::ADDRESS, type_url::LOCAL_WORKLOAD];
+pub const TYPES: [&str; 5] = [
+    type_url::MESH_CONFIG,
+    type_url::NODE,
+    type_url::AUTHORIZATION,
+    type_url::ADDRESS,
+    type_url::LOCAL_WORKLOAD,
+];
 
 /// Before writing is tried again.
 const RETRY: Duration = Duration::from_secs(1);
@@ -67,8 +75,12 @@ pub async fn run(
     mut updates: mpsc::Receiver<Update>,
     publish: watch::Sender<Arc<Snapshot>>,
 ) {
-    let mut applier =
-        Applier { maps: Maps::adopt(kernel), seen: HashSet::new(), current: Snapshot::default() };
+    let mut applier = Applier {
+        maps: Maps::adopt(kernel),
+        guards: Guards::default(),
+        seen: HashSet::new(),
+        current: Snapshot::default(),
+    };
     while let Some(update) = updates.recv().await {
         // Without this a successor might be given an older state and believe it.
         while let Err(error) = seen.raise(&update.seen) {
@@ -97,6 +109,7 @@ pub async fn run(
 
 struct Applier {
     maps: Maps,
+    guards: Guards,
     seen: HashSet<&'static str>,
     current: Snapshot,
 }
@@ -119,6 +132,11 @@ impl Applier {
                 let read = |r: &weft_xds::Resource| convert::entry(&r.name, &r.value, &settings.trust_domain);
                 let upserts = update.upserts.iter().map(read).collect::<Result<Vec<_>, _>>()?;
                 touched.extend(next.mesh.apply(upserts, update.removed.iter().map(|n| n.as_str().into())));
+            }
+            // None of them is refused: what cannot be understood denies.
+            type_url::AUTHORIZATION => {
+                let read = |r: &weft_xds::Resource| authorization::read(&r.name, &r.value);
+                self.guards.apply(update.upserts.iter().map(read), &update.removed);
             }
             type_url::NODE => {
                 let read = |r: &weft_xds::Resource| convert::node(&r.name, &r.value);
@@ -144,6 +162,7 @@ impl Applier {
         if first_sync {
             self.maps.forget_unwanted(&next)?;
         }
+        next.guarded = self.guards.follow(&next, update);
         self.current = next;
         Ok(())
     }

@@ -4,10 +4,12 @@
 pub mod authority;
 pub mod enrollment;
 pub mod lease;
+pub mod policy_status;
 pub mod status;
 
 use std::{future::Future, time::Duration};
 
+use k8s_openapi::jiff::Timestamp;
 use kube::{Client, Config};
 use tokio::time::{Instant, sleep, timeout};
 
@@ -89,6 +91,11 @@ pub fn code(error: &kube::Error) -> u16 {
 /// Whether the API server answered no more than "not now": it is starting or overloaded, and nobody has to mend anything.
 pub fn passes(code: u16) -> bool {
     code == 429 || code >= 500
+}
+
+/// As Kubernetes writes times: whole seconds.
+fn seconds(now: Timestamp) -> String {
+    Timestamp::from_second(now.as_second()).unwrap_or(now).to_string()
 }
 
 /// An error in one line, without the debugging text that kube's own words repeat.

@@ -26,10 +26,12 @@ use weft_api::{Kind, Namespace, Object, ObjectKey, Pod, mesh_choice, pod::Condit
 use super::{
     REQUEST_TIMEOUT, code,
     enrollment::{Heard, Record},
-    words,
+    policy_status, words,
 };
 use crate::{enrollment::Place, metrics::Metrics, source::Delta, store::Name, translate::MeshSettings};
 
+/// Changes that wait to be looked at for policies.
+const QUEUE: usize = 64;
 /// Writes under way at once.
 const AT_ONCE: usize = 8;
 /// Between the starts of two writes: twenty a second, whatever happens to however many pods.
@@ -112,10 +114,8 @@ fn condition(wanted: Wanted, carried: Option<&Condition>, now: Timestamp) -> Con
         status: status.to_owned(),
         reason: wanted.reason.to_owned(),
         message: wanted.message,
-        last_transition_time: Some(since.unwrap_or_else(|| {
-            // Kubernetes' times have whole seconds.
-            Timestamp::from_second(now.as_second()).unwrap_or(now).to_string()
-        })),
+        observed_generation: None,
+        last_transition_time: Some(since.unwrap_or_else(|| super::seconds(now))),
     }
 }
 
@@ -278,6 +278,8 @@ pub async fn run(
     mut leads: watch::Receiver<bool>,
     metrics: Metrics,
 ) {
+    let (policies, queue) = mpsc::channel(QUEUE);
+    tokio::spawn(policy_status::run(client.clone(), queue, leads.clone()));
     let known =
         Known { settings, namespaces: BTreeMap::new(), pods: BTreeMap::new(), records: BTreeMap::new() };
     let mut writer = Writer {
@@ -302,6 +304,9 @@ pub async fn run(
         tokio::select! {
             input = inputs.recv() => {
                 let Some(input) = input else { return };
+                if let Input::Objects(delta) = &input {
+                    let _ = policies.send(policy_status::part(delta)).await;
+                }
                 let concerned = writer.known.apply(input);
                 if leading {
                     concerned.iter().for_each(|name| writer.consider(name));

@@ -46,7 +46,10 @@ const ADDRESSES: [&str; 8] =
 fn object(kind: Kind, random: &mut Random) -> Value {
     match kind {
         Kind::Namespace => {
-            json!({"metadata": {"name": random.pick(&NAMESPACES), "labels": mesh_label(random)}})
+            let metadata = json!({
+                "name": random.pick(&NAMESPACES), "labels": mesh_label(random), "annotations": inbound(random),
+            });
+            json!({"metadata": metadata})
         }
         Kind::Pod => pod(random),
         Kind::Service => service(random),
@@ -63,7 +66,30 @@ fn object(kind: Kind, random: &mut Random) -> Value {
             let networks = [random.pick(&["10.3.0.0/24", "10.4.0.0/24"])];
             json!({"metadata": {"name": random.pick(&["one", "two"])}, "spec": {"cidrs": networks}})
         }
+        Kind::AuthorizationPolicy => policy(random),
     }
+}
+
+fn inbound(random: &mut Random) -> Value {
+    match random.below(4) {
+        0 => json!({"policy.weft.dev/default-inbound": random.pick(&["deny", "audit", "all-authenticated", "?"])}),
+        _ => json!({}),
+    }
+}
+
+fn policy(random: &mut Random) -> Value {
+    let targets = json!([{"kind": "Service", "name": random.pick(&SERVICES)}]);
+    let mut spec = match random.below(4) {
+        0 => json!({"selector": {"matchLabels": {"app": random.pick(&["a", "b"])}}}),
+        1 => json!({"targetRefs": targets}),
+        2 => json!({"targetRefs": [{"kind": "Planet", "name": "mars"}]}),
+        _ => json!({}),
+    };
+    spec["action"] = random.pick(&["Allow", "Deny", "Audit"]).into();
+    spec["rules"] = json!([{"from": [{"namespaces": [random.pick(&NAMESPACES)]}]}]);
+    json!({
+        "metadata": {"name": random.pick(&["p", "q", "r"]), "namespace": random.pick(&NAMESPACES)}, "spec": spec,
+    })
 }
 
 fn mesh_label(random: &mut Random) -> Value {
@@ -80,8 +106,12 @@ fn pod(random: &mut Random) -> Value {
     if random.one_in(4) {
         metadata["labels"] = mesh_label(random);
     }
+    if random.one_in(2) {
+        metadata["labels"]["app"] = random.pick(&["a", "b"]).into();
+    }
+    metadata["annotations"] = inbound(random);
     if !random.one_in(4) {
-        metadata["annotations"] = json!({"weft.dev/netns": "/n"});
+        metadata["annotations"]["weft.dev/netns"] = "/n".into();
     }
     let mut spec =
         json!({"serviceAccountName": random.pick(&["default", "robot"]), "hostNetwork": random.one_in(6)});
@@ -111,6 +141,7 @@ fn service(random: &mut Random) -> Value {
             "clusterIP": random.pick(&["10.2.0.1", "10.2.0.2", "10.3.0.1", "192.0.2.1", "None"]), "ports": ports,
             "publishNotReadyAddresses": random.one_in(3),
             "sessionAffinity": random.pick(&["None", "ClientIP"]),
+            "selector": if random.one_in(2) { json!({"app": random.pick(&["a", "b"])}) } else { json!({}) },
         },
         "status": {"loadBalancer": {"ingress": [
             {"ip": random.pick(&ADDRESSES), "ipMode": random.pick(&["VIP", "Proxy"])},
@@ -150,7 +181,7 @@ fn slice(random: &mut Random) -> Value {
 
 /// One to three objects that are there from now on, or are gone.
 fn delta(random: &mut Random, objects: &BTreeMap<ObjectKey, Object>) -> Delta {
-    const KINDS: [Kind; 12] = [
+    const KINDS: [Kind; 14] = [
         Kind::Pod,
         Kind::Pod,
         Kind::Pod,
@@ -163,6 +194,8 @@ fn delta(random: &mut Random, objects: &BTreeMap<ObjectKey, Object>) -> Delta {
         Kind::Namespace,
         Kind::Node,
         Kind::ServiceCidr,
+        Kind::AuthorizationPolicy,
+        Kind::AuthorizationPolicy,
     ];
     let mut delta = Delta::default();
     for _ in 0..=random.below(3) {

@@ -251,6 +251,9 @@ impl<'de> DeserializeSeed<'de> for KindSeed {
             }
             Some(Kind::Node) => Object::Node(Arc::new(Deserialize::deserialize(deserializer)?)),
             Some(Kind::ServiceCidr) => Object::ServiceCidr(Arc::new(Deserialize::deserialize(deserializer)?)),
+            Some(Kind::AuthorizationPolicy) => {
+                Object::AuthorizationPolicy(Arc::new(Deserialize::deserialize(deserializer)?))
+            }
         }))
     }
 }

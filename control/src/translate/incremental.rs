@@ -5,6 +5,7 @@
 //! namespace ──► its pods                                             zone of a node ──► its pods
 //! pod ──► slices that refer to it, or name an address it claims      node, service CIDR ──► networks
 //! service ──► its slices                                             networks ──► problems of pods and services
+//! policy ──► the pods of its namespace                               service that policies target ──► the same, and them
 //! slice ──► pods and other endpoints that it says something else of
 //! ```
 //!
@@ -17,11 +18,12 @@ use std::{
 
 use weft_proto::{
     node::{LocalWorkload, MeshConfig, Node},
+    security::Authorization,
     workload::{Address, address},
 };
 
 use super::{
-    Identities, MeshSettings, mesh_config, networks, place,
+    Identities, MeshSettings, mesh_config, networks, place, policies,
     services::{self, Membership, Slice},
     workloads,
 };
@@ -38,6 +40,7 @@ pub struct Changes {
     pub local: BTreeMap<String, BTreeMap<String, Option<LocalWorkload>>>,
     pub mesh: Option<MeshConfig>,
     pub nodes: BTreeMap<String, Option<Node>>,
+    pub policies: BTreeMap<String, Option<Authorization>>,
     /// What a person should know, by what it is about.
     pub problems: BTreeMap<String, Option<String>>,
 }
@@ -145,6 +148,11 @@ impl Translator {
             self.translate_slice(store, name, &mut dirty);
         }
         let mut changes = Changes::default();
+        if self.mesh.is_none() {
+            let built_in = policies::built_in(&self.settings.trust_domain).into_iter();
+            changes.policies.extend(built_in.map(|(name, policy)| (name, Some(policy))));
+        }
+        self.translate_policies(store, touched, &mut dirty, &mut changes);
         if touched.networks || self.mesh.is_none() {
             self.translate_networks(store, &mut dirty, &mut changes);
         }
@@ -217,6 +225,21 @@ impl Translator {
         dirty.services.extend(store.services.keys().cloned());
         changes.mesh = Some(mesh.clone());
         self.mesh = Some(mesh);
+    }
+
+    fn translate_policies(&self, store: &Store, touched: &Touched, dirty: &mut Dirty, changes: &mut Changes) {
+        let mut names = touched.policies.clone();
+        for (namespace, service) in &touched.services {
+            let targeting = store.policies_in(namespace).filter(|(_, policy)| policies::targets(policy, service));
+            names.extend(targeting.map(|(name, _)| name.clone()));
+        }
+        let namespaces: BTreeSet<&str> = names.iter().map(|(namespace, _)| namespace.as_str()).collect();
+        dirty.pods.extend(namespaces.into_iter().flat_map(|namespace| store.pods_in(namespace)).cloned());
+        for name in &names {
+            let (wire_name, policy, problem) = policies::policy(store, &self.settings, name);
+            changes.problems.insert(format!("AuthorizationPolicy {wire_name}"), problem);
+            changes.policies.insert(wire_name, policy);
+        }
     }
 
     fn translate_service(&self, store: &Store, name: &Name, changes: &mut Changes) {

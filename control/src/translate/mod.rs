@@ -7,6 +7,7 @@
 
 pub mod incremental;
 mod networks;
+mod policies;
 mod services;
 mod workloads;
 
@@ -17,7 +18,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-use weft_api::{Kind, Pod, mesh_choice};
+use weft_api::{DefaultInbound, Kind, Pod, mesh_choice};
 use weft_core::{SpiffeId, TrustDomain};
 use weft_proto::node::MeshConfig;
 
@@ -39,9 +40,20 @@ pub struct MeshSettings {
     /// Whether the annotation with a pod's network namespace counts: only where a directory is read. Elsewhere agents
     /// find the namespace themselves, also of a pod that has no address yet.
     pub netns_annotations: bool,
+    /// Who may call where no policy speaks.
+    pub inbound: Inbound,
     /// Without it no pod is wanted in the mesh, whatever labels say: for an uninstallation. Read by the cluster's source
     /// alone.
     pub enabled: bool,
+}
+
+/// Who may call a pod that no policy speaks of.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Inbound {
+    /// Unless its namespace says something else.
+    pub default: DefaultInbound,
+    /// The least that namespaces can say. That callers have to prove who they are holds also for whom a policy allows.
+    pub floor: DefaultInbound,
 }
 
 impl MeshSettings {

@@ -4,6 +4,7 @@ use weft_api::Object;
 use weft_proto::{
     extension,
     node::{LocalWorkload, Node},
+    security::Authorization,
     service::NodePort,
     workload::{
         self as wire, Address, NetworkMode, TunnelProtocol, Workload, WorkloadStatus, WorkloadType, address,
@@ -31,13 +32,14 @@ pub(crate) struct Translation {
     pub local: BTreeMap<String, BTreeMap<String, LocalWorkload>>,
     pub mesh: MeshConfig,
     pub nodes: BTreeMap<String, Node>,
+    pub policies: BTreeMap<String, Authorization>,
     pub problems: BTreeMap<String, String>,
 }
 
 impl Translation {
     /// What comes of earlier changes and these.
     pub(crate) fn apply(&mut self, changes: Changes) {
-        let Changes { addresses, local, mesh, nodes, problems } = changes;
+        let Changes { addresses, local, mesh, nodes, policies, problems } = changes;
         apply(&mut self.addresses, addresses);
         for (node, changes) in local {
             apply(self.local.entry(node).or_default(), changes);
@@ -45,6 +47,7 @@ impl Translation {
         self.local.retain(|_, local| !local.is_empty());
         self.mesh = mesh.unwrap_or_else(|| std::mem::take(&mut self.mesh));
         apply(&mut self.nodes, nodes);
+        apply(&mut self.policies, policies);
         apply(&mut self.problems, problems);
     }
 }
@@ -83,6 +86,7 @@ pub(crate) fn settings() -> MeshSettings {
         service_networks: vec!["10.2.0.0/16".parse().unwrap()],
         external_networks: Vec::new(),
         netns_annotations: true,
+        inbound: Inbound::default(),
         enabled: true,
     }
 }

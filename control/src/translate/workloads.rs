@@ -19,6 +19,7 @@ use weft_proto::{
 
 use super::{
     MeshSettings, contains, octets,
+    policies::{self, InForce},
     services::{EndpointState, Membership, OtherEndpoint},
 };
 use crate::store::{Name, Store};
@@ -49,10 +50,16 @@ pub(super) fn pod(
     let choice = mesh_choice(store.namespaces.get(&name.0).map(|namespace| &**namespace), pod);
     let addresses = pod.addresses();
     let locality = locality(store, pod);
+    // What is not in the mesh is guarded by nobody.
+    let in_force = match choice.wanted {
+        true => policies::in_force(store, settings, name, pod, membership),
+        false => InForce::default(),
+    };
     let workload = workload(settings, name, pod, &addresses, locality, membership, tunnel);
+    let workload = workload.map(|w| Workload { authorization_policies: in_force.names, ..w });
     let local = local(settings, name, pod, &addresses, choice.wanted);
     let problem = workload.as_ref().and_then(|_| address_problem(settings, &choice, &addresses));
-    let problem = problem.or_else(|| local.as_ref().and_then(|local| netns_problem(settings, local)));
+    let problem = problem.or(in_force.problem).or_else(|| local.as_ref().and_then(|local| netns_problem(settings, local)));
     TranslatedPod { workload, local, problem }
 }
 

@@ -62,8 +62,16 @@ impl Door {
 }
 
 /// Every kind that is watched.
-pub const KINDS: [&str; 7] =
-    ["namespaces", "pods", "services", "endpointslices", "nodes", "servicecidrs", "nodeenrollments"];
+pub const KINDS: [&str; 8] = [
+    "namespaces",
+    "pods",
+    "services",
+    "endpointslices",
+    "nodes",
+    "servicecidrs",
+    "authorizationpolicies",
+    "nodeenrollments",
+];
 
 /// Cheap to clone: every clone is the same server.
 #[derive(Clone)]

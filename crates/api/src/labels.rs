@@ -5,6 +5,9 @@ pub const MESH: &str = "weft.dev/mesh";
 pub const ENABLED: &str = "enabled";
 pub const DISABLED: &str = "disabled";
 
+/// Annotation on a Namespace or Pod, a [`crate::DefaultInbound`]: who may call where no policy speaks.
+pub const DEFAULT_INBOUND: &str = "policy.weft.dev/default-inbound";
+
 /// Annotation on a Pod: the path of its network namespace. It counts only where a directory is read; whoever may write
 /// Pods in a cluster could name another pod's namespace.
 pub const NETNS: &str = "weft.dev/netns";

@@ -7,9 +7,11 @@
 #![cfg_attr(test, allow(clippy::unwrap_used, reason = "tests"))]
 
 pub mod agent;
+pub mod authorization_policy;
 pub mod discovery;
 pub mod enrollment;
 pub mod field;
+pub mod inbound;
 pub mod labels;
 pub mod meta;
 pub mod namespace;
@@ -20,8 +22,10 @@ pub mod pod;
 pub mod service;
 pub mod service_cidr;
 
+pub use authorization_policy::AuthorizationPolicy;
 pub use discovery::EndpointSlice;
 pub use enrollment::{MeshChoice, mesh_choice};
+pub use inbound::{DefaultInbound, inbound_choice};
 pub use meta::ObjectMeta;
 pub use namespace::Namespace;
 pub use node::Node;

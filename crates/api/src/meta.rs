@@ -17,6 +17,9 @@ pub struct ObjectMeta {
     /// Set by the API server; usually absent in a directory of manifests.
     #[serde(default)]
     pub uid: Option<String>,
+    /// Which version of the specification it is, where the API server counts them.
+    #[serde(default)]
+    pub generation: Option<i64>,
     #[serde(default, deserialize_with = "field::nullable")]
     pub labels: BTreeMap<String, String>,
     #[serde(default, deserialize_with = "field::nullable")]

@@ -2,7 +2,7 @@
 
 use std::{fmt, sync::Arc};
 
-use crate::{EndpointSlice, Namespace, Node, ObjectMeta, Pod, Service, ServiceCidr};
+use crate::{AuthorizationPolicy, EndpointSlice, Namespace, Node, ObjectMeta, Pod, Service, ServiceCidr};
 
 /// Kinds in the order they are named to people.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -13,11 +13,19 @@ pub enum Kind {
     EndpointSlice,
     Node,
     ServiceCidr,
+    AuthorizationPolicy,
 }
 
 impl Kind {
-    pub const ALL: [Self; 6] =
-        [Self::Namespace, Self::Pod, Self::Service, Self::EndpointSlice, Self::Node, Self::ServiceCidr];
+    pub const ALL: [Self; 7] = [
+        Self::Namespace,
+        Self::Pod,
+        Self::Service,
+        Self::EndpointSlice,
+        Self::Node,
+        Self::ServiceCidr,
+        Self::AuthorizationPolicy,
+    ];
 
     /// The kind of that API version and name; None for what Weft does not read.
     pub fn find(api_version: &str, kind: &str) -> Option<Self> {
@@ -29,6 +37,7 @@ impl Kind {
             Self::Namespace | Self::Pod | Self::Service | Self::Node => "v1",
             Self::EndpointSlice => "discovery.k8s.io/v1",
             Self::ServiceCidr => "networking.k8s.io/v1",
+            Self::AuthorizationPolicy => "policy.weft.dev/v1alpha1",
         }
     }
 
@@ -40,6 +49,7 @@ impl Kind {
             Self::EndpointSlice => "EndpointSlice",
             Self::Node => "Node",
             Self::ServiceCidr => "ServiceCIDR",
+            Self::AuthorizationPolicy => "AuthorizationPolicy",
         }
     }
 
@@ -52,6 +62,7 @@ impl Kind {
             Self::EndpointSlice => "endpointslices",
             Self::Node => "nodes",
             Self::ServiceCidr => "servicecidrs",
+            Self::AuthorizationPolicy => "authorizationpolicies",
         }
     }
 
@@ -74,6 +85,7 @@ pub enum Object {
     EndpointSlice(Arc<EndpointSlice>),
     Node(Arc<Node>),
     ServiceCidr(Arc<ServiceCidr>),
+    AuthorizationPolicy(Arc<AuthorizationPolicy>),
 }
 
 /// What makes two objects the same one.
@@ -111,6 +123,7 @@ impl Object {
             Self::EndpointSlice(o) => &o.metadata,
             Self::Node(o) => &o.metadata,
             Self::ServiceCidr(o) => &o.metadata,
+            Self::AuthorizationPolicy(o) => &o.metadata,
         }
     }
 
@@ -122,6 +135,7 @@ impl Object {
             Self::EndpointSlice(_) => Kind::EndpointSlice,
             Self::Node(_) => Kind::Node,
             Self::ServiceCidr(_) => Kind::ServiceCidr,
+            Self::AuthorizationPolicy(_) => Kind::AuthorizationPolicy,
         }
     }
 
@@ -140,6 +154,7 @@ impl Object {
     pub fn is_same_to_mesh(&self, other: &Self) -> bool {
         match (self, other) {
             (Self::Pod(one), Self::Pod(other)) => one.is_same_to_mesh(other),
+            (Self::AuthorizationPolicy(one), Self::AuthorizationPolicy(other)) => one.is_same_to_mesh(other),
             (one, other) => one == other,
         }
     }

@@ -74,6 +74,9 @@ pub struct Condition {
     pub reason: String,
     #[serde(default, deserialize_with = "field::nullable")]
     pub message: String,
+    /// Of the object, when this was found.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub observed_generation: Option<i64>,
     /// When `status` last changed, as in RFC 3339.
     #[serde(default)]
     pub last_transition_time: Option<String>,

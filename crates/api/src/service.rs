@@ -1,6 +1,6 @@
 //! `v1/Service`.
 
-use std::{net::IpAddr, num::NonZeroU16};
+use std::{collections::BTreeMap, net::IpAddr, num::NonZeroU16};
 
 use serde::{Deserialize, Deserializer};
 
@@ -31,6 +31,9 @@ pub struct ServiceSpec {
     pub external_ips: Vec<Ip>,
     #[serde(default, deserialize_with = "field::nullable")]
     pub ports: Vec<ServicePort>,
+    /// Labels of the pods behind it. Without any, somebody else says which those are.
+    #[serde(default, deserialize_with = "field::nullable")]
+    pub selector: BTreeMap<String, String>,
     #[serde(default, deserialize_with = "field::nullable")]
     pub publish_not_ready_addresses: bool,
     #[serde(default)]

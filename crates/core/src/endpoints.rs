@@ -151,6 +151,7 @@ mod tests {
             tunnel: Tunnel::None,
             health: Health::Ready,
             services: vec![("ns/s".into(), vec![PortMapping { service_port: 80, target_port: 8080 }])],
+            policies: Vec::new(),
         }
     }
 

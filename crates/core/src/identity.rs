@@ -74,6 +74,11 @@ impl SpiffeId {
         Ok(id)
     }
 
+    /// As policies name it: without the scheme.
+    pub fn principal(&self) -> String {
+        format!("{}/ns/{}/sa/{}", self.trust_domain, self.namespace, self.service_account)
+    }
+
     pub fn trust_domain(&self) -> &TrustDomain {
         &self.trust_domain
     }

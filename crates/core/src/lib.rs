@@ -1,5 +1,6 @@
 //! The mesh model and every decision that is pure: who a workload is, where a service's endpoints are, which addresses
-//! the kernel hands to the agent. No I/O, no async, no clock of its own; the agent and the controller bring those.
+//! the kernel hands to the agent, who may call whom. No I/O, no async, no clock of its own; the agent and the controller
+//! bring those.
 #![forbid(unsafe_code)]
 
 pub mod balance;
@@ -7,6 +8,7 @@ mod endpoints;
 mod frontends;
 pub mod identity;
 pub mod mesh;
+pub mod policy;
 pub mod workload;
 
 pub use endpoints::Caller;

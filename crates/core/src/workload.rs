@@ -70,6 +70,8 @@ pub struct Workload {
     pub health: Health,
     /// The services it is an endpoint of, by key.
     pub services: Vec<(Arc<str>, Vec<PortMapping>)>,
+    /// The policies in force for connections to it, by name. See [`crate::policy`].
+    pub policies: Vec<Arc<str>>,
 }
 
 impl Workload {

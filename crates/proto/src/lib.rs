@@ -15,6 +15,11 @@ pub mod workload {
     tonic::include_proto!("istio.workload");
 }
 
+/// Who may call whom.
+pub mod security {
+    tonic::include_proto!("istio.security");
+}
+
 /// The certificate authority.
 pub mod ca {
     tonic::include_proto!("istio.v1.auth");
@@ -30,12 +35,15 @@ pub mod service {
     tonic::include_proto!("weft.service.v1");
 }
 
+pub mod authorization;
 pub mod extension;
 
 /// Type URLs of the resources that travel over delta xDS.
 pub mod type_url {
     /// [`crate::workload::Address`], the same for every node.
     pub const ADDRESS: &str = "type.googleapis.com/istio.workload.Address";
+    /// [`crate::security::Authorization`], the same for every node.
+    pub const AUTHORIZATION: &str = "type.googleapis.com/istio.security.Authorization";
     /// [`crate::node::LocalWorkload`], the node's own.
     pub const LOCAL_WORKLOAD: &str = "type.googleapis.com/weft.node.v1.LocalWorkload";
     /// [`crate::node::MeshConfig`], one resource.

@@ -41,6 +41,7 @@ impl OpenError {
             Self::Timeout { .. } => "timeout",
             Self::Tls(refused) => refused.reason(),
             Self::Http2(_) => "http2",
+            Self::Refused { status: 403, .. } => "denied_by_peer",
             Self::Refused { .. } => "refused",
             Self::Closed => "closed",
         }

@@ -2,11 +2,13 @@
 
 use weft_proto::type_url;
 
-/// Sort key of a type: the mesh's settings first, because reading the others takes them; then nodes, and addresses; a
-/// node's own workloads last, the rest between.
+/// Sort key of a type: the mesh's settings first, because reading the others takes them; then nodes, policies
+/// and addresses; a node's own workloads last, the rest between.
 ///
 /// An agent that starts anew must not take a node's address for that of an endpoint alone: it would stop capturing the
 /// node's ports until it heard better.
+///
+/// A workload names the policies that are in force for it, which should be there by then.
 ///
 /// A node's own workloads make its agent install capture. By then it must know the addresses of the same snapshot, or
 /// it would hold connections to peers it could have been told about.
@@ -21,9 +23,10 @@ impl TypeKey {
         let rank = match url {
             type_url::MESH_CONFIG => 0,
             type_url::NODE => 1,
-            type_url::ADDRESS => 2,
-            type_url::LOCAL_WORKLOAD => 4,
-            _ => 3,
+            type_url::AUTHORIZATION => 2,
+            type_url::ADDRESS => 3,
+            type_url::LOCAL_WORKLOAD => 5,
+            _ => 4,
         };
         TypeKey { rank, url: url.to_owned() }
     }

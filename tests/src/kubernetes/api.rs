@@ -22,7 +22,8 @@ const JSON: &str = "application/json";
 const RECEIVED: &str = "RequestReceived";
 
 /// The kinds that a test writes: their API's path, their plural, and whether they are in namespaces.
-const KINDS: [(&str, &str, &str, bool); 6] = [
+const KINDS: [(&str, &str, &str, bool); 7] = [
+    ("AuthorizationPolicy", "/apis/policy.weft.dev/v1alpha1", "authorizationpolicies", true),
     ("Namespace", "/api/v1", "namespaces", false),
     ("Node", "/api/v1", "nodes", false),
     ("Pod", "/api/v1", "pods", true),

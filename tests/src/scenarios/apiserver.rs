@@ -51,21 +51,21 @@ pub const SCENARIOS: &[Scenario] = &[
     ),
 ];
 
-const NODES: [&str; 2] = ["east", "west"];
+pub const NODES: [&str; 2] = ["east", "west"];
 const ENABLED: (&str, &str) = ("weft.dev/mesh", "enabled");
 /// How long news may take from the API server to the agents, on a busy machine.
-const NEWS: Duration = Duration::from_secs(15);
+pub const NEWS: Duration = Duration::from_secs(15);
 
 /// A client on `east` and an echo server on `west`, both enrolled, with everything that runs for them.
-struct Shop {
+pub struct Shop {
     _echo: Server,
-    client: Pod,
-    web: Pod,
-    cluster: ApiCluster,
+    pub client: Pod,
+    pub web: Pod,
+    pub cluster: ApiCluster,
 }
 
 impl Shop {
-    fn start(cluster: ApiCluster) -> Result<Shop> {
+    pub fn start(cluster: ApiCluster) -> Result<Shop> {
         cluster.start_controllers()?;
         Self::open(cluster)
     }

@@ -2,6 +2,7 @@
 #![allow(clippy::disallowed_methods, reason = "no async runtime runs on the threads of the scenarios")]
 
 mod apiserver;
+mod apiserver_policies;
 mod bed;
 mod caller;
 mod chart;
@@ -16,6 +17,7 @@ mod kubernetes;
 mod operations;
 mod outside;
 mod pods;
+mod policies;
 mod races;
 mod replicas;
 mod rogue;
@@ -61,6 +63,7 @@ fn all() -> Vec<Scenario> {
         failure::SCENARIOS,
         races::SCENARIOS,
         identity::SCENARIOS,
+        policies::SCENARIOS,
         outside::SCENARIOS,
         frontends::SCENARIOS,
         socket_lb::SCENARIOS,
@@ -68,6 +71,7 @@ fn all() -> Vec<Scenario> {
         chart::SCENARIOS,
         apiserver::SCENARIOS,
         replicas::SCENARIOS,
+        apiserver_policies::SCENARIOS,
         kubernetes::SCENARIOS,
         check::SCENARIOS,
     ]

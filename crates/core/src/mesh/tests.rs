@@ -33,6 +33,7 @@ pub(crate) fn workload(
                 (s.into(), vec![PortMapping { service_port, target_port }])
             })
             .collect(),
+        policies: Vec::new(),
     }))
 }
 

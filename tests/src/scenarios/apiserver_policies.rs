@@ -1,0 +1,103 @@
+//! Policies as they are in life: objects of a real API server, which refuses what could not be understood, and says of
+//! each what the controller makes of it.
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::{Value, json};
+use weft_testbed::cluster::Builder;
+use weft_testbed::kubernetes::ApiCluster;
+use weft_testbed::poll::until;
+use weft_testbed::traffic::call;
+
+use crate::apiserver::{NEWS, NODES, Shop};
+use crate::runner::Scenario;
+use crate::shop::{ECHO, still_alive};
+
+pub const SCENARIOS: &[Scenario] = &[Scenario::new(
+    "kubernetes_api_policies",
+    "the API server refuses policies that make no sense; those it takes are in force at once, and their status says so",
+    policies,
+)];
+
+fn policy(name: &str, spec: Value) -> Value {
+    json!({
+        "apiVersion": "policy.weft.dev/v1alpha1", "kind": "AuthorizationPolicy",
+        "metadata": {"name": name, "namespace": "shop"}, "spec": spec,
+    })
+}
+
+fn policies(cluster: Builder) -> Result<()> {
+    let shop = Shop::start(ApiCluster::start(cluster.name(), &NODES, 1)?)?;
+    let api = shop.cluster.api();
+    refuses(&|spec| api.apply(&policy("any", spec)).map(drop))?;
+    api.delete(&policy("any", json!({})))?;
+
+    let to = shop.web.at(ECHO);
+    until(NEWS, "the client is let in again", || Ok(call(&shop.client, to, "may I").is_ok()))?;
+    let mut open = shop.client.connect(to)?;
+    still_alive(&mut open, "before")?;
+    let accepted = |name: &str, expected: &str, words: &str| {
+        until(NEWS, &format!("the status of {name} is {expected}"), || {
+            let path = format!("/apis/policy.weft.dev/v1alpha1/namespaces/shop/authorizationpolicies/{name}");
+            let object = api.get(&path)?;
+            let condition = &object["status"]["conditions"][0];
+            ensure!(condition["observedGeneration"] == object["metadata"]["generation"], "{object}");
+            let message = condition["message"].as_str().unwrap_or_default();
+            ensure!(condition["reason"] == expected && message.contains(words), "{object}");
+            Ok(true)
+        })
+    };
+    let web = json!({"matchLabels": {"app": "web"}});
+    let nobody = policy("nobody", json!({"action": "Allow", "selector": web}));
+    api.apply(&nobody)?;
+    accepted("nobody", "Accepted", "")?;
+    until(NEWS, "nobody is let in", || Ok(call(&shop.client, to, "may I").is_err()))?;
+    ensure!(still_alive(&mut open, "after").is_err(), "an open connection outlived an Allow of nobody");
+    api.apply(&policy("client", json!({"rules": [{"from": [{"serviceAccounts": ["default"]}]}]})))?;
+    until(NEWS, "another Allow lets the client in", || Ok(call(&shop.client, to, "may I").is_ok()))?;
+    api.delete(&nobody)?;
+
+    api.apply(&policy("lost", json!({"targetRefs": [{"kind": "Service", "name": "nowhere"}]})))?;
+    accepted("lost", "TargetNotFound", "nowhere")?;
+    let changed = json!({"action": "Deny", "rules": [{"to": [{"ports": [9]}]}]});
+    api.apply(&policy("lost", changed))?;
+    accepted("lost", "Accepted", "").context("after it was mended")?;
+    call(&shop.client, to, "another port")?;
+    Ok(())
+}
+
+/// What nobody could understand does not get in, and what is understood does.
+fn refuses(apply: &dyn Fn(Value) -> Result<()>) -> Result<()> {
+    let from = |source: Value| json!({"rules": [{"from": [source]}]});
+    for good in [
+        json!({}),
+        json!({"rules": [{}]}),
+        json!({"targetRefs": [{"group": "", "kind": "Namespace", "name": "shop"}]}),
+        from(json!({"principals": ["*", "spiffe://cluster.local/ns/a/sa/*", "*/sa/web", "spiffe://a/ns/b/sa/c"]})),
+        from(json!({"cidrs": ["10.0.0.0/8", "fd00::/8"], "notServiceAccounts": ["web", "shop/web"]})),
+        json!({"rules": [{"to": [{"ports": [80], "notPorts": [81], "methods": ["GET"], "paths": ["/a*"]}]}]}),
+    ] {
+        apply(good.clone()).with_context(|| format!("{good}"))?;
+    }
+    for bad in [
+        json!({"selector": {}, "targetRefs": [{"kind": "Namespace", "name": "shop"}]}),
+        json!({"targetRefs": []}),
+        json!({"targetRefs": [{"kind": "Gateway", "name": "a"}]}),
+        json!({"targetRefs": [{"kind": "Namespace", "name": "shop"}, {"kind": "Service", "name": "a"}]}),
+        json!({"action": "allow"}),
+        json!({"rules": [{"from": []}]}),
+        json!({"rules": [{"to": [{}]}]}),
+        from(json!({})),
+        from(json!({"principals": []})),
+        from(json!({"principals": ["cluster.local/ns/a/sa/b"]})),
+        from(json!({"principals": ["spiffe://a*b/ns/c/sa/d"]})),
+        from(json!({"namespaces": ["Shop"]})),
+        from(json!({"serviceAccounts": ["a/b/c"]})),
+        from(json!({"cidrs": ["10.0.0.1"]})),
+        json!({"rules": [{"to": [{"ports": [0]}]}]}),
+        json!({"rules": [{"to": [{"ports": [65536]}]}]}),
+        json!({"rules": [{"to": [{"ports": ["http"]}]}]}),
+    ] {
+        ensure!(apply(bad.clone()).is_err(), "the API server takes {bad}");
+    }
+    Ok(())
+}
