@@ -1,6 +1,6 @@
 //! Takes in the controller's news. For every delta, in this order: how far it is gets written down ([`crate::seen`]), then
-//! the kernel's maps, then the snapshot that workers read, then the acknowledgement. So whoever sees a pod published knows that this node's kernel already refuses
-//! plaintext from it.
+//! the kernel's maps, then the snapshot that workers read, then the acknowledgement. So whoever sees a pod published knows
+//! that this node's kernel already refuses plaintext from it.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},

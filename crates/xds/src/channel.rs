@@ -1,5 +1,5 @@
-//! How a node reaches the controller: one TLS endpoint, and on every call a join token and how much the node has seen. Used by the xDS client here and
-//! by the agent's clients of the CA and of the node service.
+//! How a node reaches the controller: one TLS endpoint, and on every call a join token and how much the node has seen. Used
+//! by the xDS client here and by the agent's clients of the CA and of the node service.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
