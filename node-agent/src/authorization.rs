@@ -17,7 +17,6 @@ use weft_core::{
     policy::{Attempt, Decision, Guard, Policy, Verdict},
 };
 use weft_proto::{authorization, type_url};
-use weft_xds::Update;
 
 use crate::{
     connection::{Connection, Refusal},
@@ -43,46 +42,47 @@ pub struct Guards {
 
 #[derive(Debug)]
 struct Pod {
-    /// What it is guarded by, in the workload's order. None for what has not come.
-    policies: Vec<(Arc<str>, Option<Arc<Policy>>)>,
+    /// What it is guarded by, in the workload's order. None without a workload.
+    named: Option<Vec<Named>>,
     in_force: watch::Sender<InForce>,
 }
 
+/// A policy's name, and the policy if it has come.
+type Named = (Arc<str>, Option<Arc<Policy>>);
+
 impl Guards {
     /// Takes in what changed of policies.
-    pub fn apply(&mut self, upserts: impl Iterator<Item = Policy>, removed: &[String]) {
+    pub fn apply<'a>(&mut self, upserts: impl Iterator<Item = (&'a str, Policy)>, removed: &[String]) {
         for name in removed {
             self.policies.remove(name.as_str());
         }
-        for policy in upserts {
-            self.policies.insert(policy.name.clone(), Arc::new(policy));
-        }
+        self.policies.extend(upserts.map(|(name, policy)| (name.into(), Arc::new(policy))));
     }
 
-    /// Brings what is in force in line with `next`, which follows from `update`.
-    pub fn follow(&mut self, next: &Snapshot, update: &Update) -> Guarded {
-        match update.type_url {
+    /// Brings what is in force in line with `next`, in which resources of a type are new, or no longer there.
+    pub fn follow(&mut self, next: &Snapshot, type_url: &str, new: &[&str], removed: &[&str]) -> Guarded {
+        let changed = new.iter().chain(removed).copied();
+        match type_url {
             type_url::AUTHORIZATION => {
-                let changed = update.upserts.iter().map(|r| &*r.name).chain(update.removed.iter().map(|n| &**n));
                 let changed: HashSet<&str> = changed.collect();
-                let concerned = |pod: &Pod| pod.policies.iter().any(|(name, _)| changed.contains(&**name));
+                let concerned =
+                    |pod: &Pod| pod.named.iter().flatten().any(|(name, _)| changed.contains(&**name));
                 let pods = self.pods.iter().filter(|(_, pod)| concerned(pod)).map(|(uid, _)| uid.clone());
                 pods.collect::<Vec<_>>().iter().for_each(|uid| self.put_in_force(next, uid));
             }
             type_url::ADDRESS => {
-                let changed = update.upserts.iter().map(|r| &*r.name).chain(update.removed.iter().map(|n| &**n));
-                for uid in changed.filter_map(|name| next.local.get_key_value(name)) {
-                    self.put_in_force(next, uid.0);
+                for (uid, _) in changed.filter_map(|name| next.local.get_key_value(name)) {
+                    self.put_in_force(next, uid);
                 }
             }
             type_url::LOCAL_WORKLOAD => {
-                for uid in &update.removed {
-                    self.pods.remove(uid.as_str());
-                    self.guarded.0.remove(uid.as_str());
+                for (uid, _) in changed.filter_map(|name| next.local.get_key_value(name)) {
+                    self.put_in_force(next, uid);
                 }
-                for uid in update.upserts.iter().filter_map(|r| next.local.get_key_value(&*r.name)) {
-                    self.put_in_force(next, uid.0);
-                }
+                removed.iter().for_each(|uid| self.forget(uid));
+                // A pod that is not heard of may run on: if it comes back, its open connections follow it again.
+                self.pods
+                    .retain(|uid, pod| next.local.contains_key(uid) || pod.in_force.receiver_count() > 0);
             }
             _ => {}
         }
@@ -90,38 +90,50 @@ impl Guards {
     }
 
     fn put_in_force(&mut self, next: &Snapshot, uid: &Arc<str>) {
+        let named = |name: &Arc<str>| (name.clone(), self.policies.get(name).cloned());
         // Without its workload nobody can say what is in force.
         let workload = next.mesh.workload(uid);
-        let names = workload.map(|w| w.policies.as_slice()).unwrap_or_default();
-        let policies: Vec<_> =
-            names.iter().map(|name| (name.clone(), self.policies.get(name).cloned())).collect();
-        let known = self.pods.get(uid);
-        if workload.is_some() && known.is_some_and(|pod| is_same(&pod.policies, &policies)) {
-            return;
-        }
-        let there: Option<Vec<&Policy>> = policies.iter().map(|(_, policy)| policy.as_deref()).collect();
-        let guard = there.filter(|_| workload.is_some()).map(|policies| Arc::new(Guard::new(policies)));
-        match self.pods.get_mut(uid) {
+        let named: Option<Vec<Named>> = workload.map(|w| w.policies.iter().map(named).collect());
+        let there = || named.as_ref()?.iter().map(|(_, policy)| policy.clone()).collect::<Option<Vec<_>>>();
+        let guard = || there().map(|policies| Arc::new(Guard::new(policies)));
+        let (guarded, known) = (&mut self.guarded.0, self.pods.get_mut(uid));
+        match known {
             Some(pod) => {
-                pod.policies = policies;
-                pod.in_force.send_replace(guard);
+                if !is_same(pod.named.as_deref(), named.as_deref()) {
+                    pod.in_force.send_replace(guard());
+                    pod.named = named;
+                }
+                if !guarded.contains_key(uid) {
+                    guarded.insert(uid.clone(), pod.in_force.subscribe());
+                }
             }
             None => {
-                let (in_force, receiver) = watch::channel(guard);
-                self.guarded.0.insert(uid.clone(), receiver);
-                self.pods.insert(uid.clone(), Pod { policies, in_force });
+                let (in_force, receiver) = watch::channel(guard());
+                guarded.insert(uid.clone(), receiver);
+                self.pods.insert(uid.clone(), Pod { named, in_force });
             }
+        }
+    }
+
+    fn forget(&mut self, uid: &str) {
+        self.guarded.0.remove(uid);
+        if let Some(pod) = self.pods.get_mut(uid) {
+            pod.named = None;
+            pod.in_force.send_replace(None);
         }
     }
 }
 
-fn is_same(one: &[(Arc<str>, Option<Arc<Policy>>)], other: &[(Arc<str>, Option<Arc<Policy>>)]) -> bool {
+fn is_same(one: Option<&[Named]>, other: Option<&[Named]>) -> bool {
     let same_policy = |one: &Option<Arc<Policy>>, other: &Option<Arc<Policy>>| match (one, other) {
         (Some(one), Some(other)) => Arc::ptr_eq(one, other),
         (one, other) => one.is_none() && other.is_none(),
     };
-    one.len() == other.len()
-        && one.iter().zip(other).all(|((a, one), (b, other))| a == b && same_policy(one, other))
+    let same = |((a, one), (b, other)): (&Named, &Named)| a == b && same_policy(one, other);
+    match (one, other) {
+        (Some(one), Some(other)) => one.len() == other.len() && one.iter().zip(other).all(same),
+        (one, other) => one.is_none() && other.is_none(),
+    }
 }
 
 /// A caller that was let in. Whether it may stay is decided again with every change of policies.

@@ -17,7 +17,9 @@ use weft_transport::{Counters, RelayError};
 
 use crate::{
     authorization::Admission,
-    metrics::{AuthorizationLabels, ConnectionLabels, FailureLabels, Metrics, Reporter, Security, Text, Verdict},
+    metrics::{
+        AuthorizationLabels, ConnectionLabels, FailureLabels, Metrics, Reporter, Security, Text, Verdict,
+    },
 };
 
 /// One end of a connection, as far as it is known.
@@ -230,6 +232,12 @@ pub async fn carry(
     loop {
         tokio::select! {
             biased;
+            // First: not one more byte after that.
+            (decision, refusal) = &mut revoked => {
+                open.connection.judged(&decision);
+                open.error = Some((refusal.reason, refusal.detail));
+                return;
+            }
             end = tokio::time::timeout(REPORT_INTERVAL, &mut relaying) => match end {
                 Err(_) => open.report(),
                 Ok(result) => {
@@ -237,11 +245,6 @@ pub async fn carry(
                     return;
                 }
             },
-            (decision, refusal) = &mut revoked => {
-                open.connection.judged(&decision);
-                open.error = Some((refusal.reason, refusal.detail));
-                return;
-            }
         }
     }
 }

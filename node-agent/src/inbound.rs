@@ -147,7 +147,8 @@ pub async fn plain(
     match Box::pin(admit(&worker, &pod, &mut connection)).await {
         Ok((app, admission)) => {
             let counters = Counters::default();
-            carry(&mut connection, Some(admission), &counters, pin!(relay_plain(app, stream, &counters))).await;
+            carry(&mut connection, Some(admission), &counters, pin!(relay_plain(app, stream, &counters)))
+                .await;
         }
         Err(refusal) => connection.refused(&refusal),
     }

@@ -133,8 +133,10 @@ impl Metrics {
         let sent = register!("tcp_sent_bytes", "Bytes from the source to the destination");
         let received = register!("tcp_received_bytes", "Bytes from the destination to the source");
         let failed = register!("tcp_connections_failed", "Connections refused or not established, by reason");
-        let authorization =
-            register!("authorization", "Callers judged by policies: when they connect, and when policies cut them off");
+        let authorization = register!(
+            "authorization",
+            "Callers judged by policies: when they connect, and when policies cut them off"
+        );
         let tls_refused = register!("tls_refused", "TLS peers refused, by reason");
         let enrolled = register!("enrolled_pods", "Pods of this node that are enrolled");
         let enrollment_failures = register!("enrollment_failures", "Attempts to enrol a pod that failed");

@@ -79,8 +79,9 @@ async fn open(
     };
     connection.via = Some(to);
     match workload {
-        // Unless it is the pod itself, by way of a service: that never leaves the pod and needs no tunnel.
-        Some(workload) if workload.tunnel == Tunnel::Hbone && workload.uid != pod.uid => {
+        // Unless it is the pod itself, by way of a service: that never leaves the pod and needs no tunnel. Another pod that
+        // was made under its name on another node is not itself.
+        Some(workload) if workload.tunnel == Tunnel::Hbone && !pod.owns(to.ip()) => {
             let load = worker.load_on(&workload.uid);
             connection.security = Security::mutual_tls;
             connection.destination.principal = Some(workload.identity.clone());

@@ -135,8 +135,8 @@ impl Applier {
             }
             // None of them is refused: what cannot be understood denies.
             type_url::AUTHORIZATION => {
-                let read = |r: &weft_xds::Resource| authorization::read(&r.name, &r.value);
-                self.guards.apply(update.upserts.iter().map(read), &update.removed);
+                let read = update.upserts.iter().map(|r| (&*r.name, authorization::read(&r.name, &r.value)));
+                self.guards.apply(read, &update.removed);
             }
             type_url::NODE => {
                 let read = |r: &weft_xds::Resource| convert::node(&r.name, &r.value);
@@ -162,7 +162,9 @@ impl Applier {
         if first_sync {
             self.maps.forget_unwanted(&next)?;
         }
-        next.guarded = self.guards.follow(&next, update);
+        let new: Vec<&str> = update.upserts.iter().map(|r| r.name.as_str()).collect();
+        let removed: Vec<&str> = update.removed.iter().map(String::as_str).collect();
+        next.guarded = self.guards.follow(&next, update.type_url, &new, &removed);
         self.current = next;
         Ok(())
     }

@@ -121,7 +121,10 @@ impl Known {
         let spec = match &policy.spec {
             Ok(spec) => spec,
             Err(unintelligible) => {
-                let message = format!("{}; until it is mended it denies everything that it is about", unintelligible.why);
+                let message = format!(
+                    "{}; until it is mended it denies everything that it is about",
+                    unintelligible.why
+                );
                 return (false, INVALID, message);
             }
         };
@@ -129,7 +132,10 @@ impl Known {
             let is_missing = |name: &&String| !self.services.contains(&(namespace.clone(), (*name).clone()));
             let missing: Vec<&str> = services.iter().filter(is_missing).map(String::as_str).collect();
             if !missing.is_empty() {
-                let message = format!("there is no Service {} in namespace {namespace}", missing.join(", "));
+                let message = format!(
+                    "there is no Service {} in namespace {namespace}; until there is it denies everything in its namespace",
+                    missing.join(", ")
+                );
                 return (false, TARGET_NOT_FOUND, message);
             }
         }
@@ -248,8 +254,12 @@ mod tests {
     #[test]
     fn what_is_said_already_is_not_written_again() {
         let said = |generation: i64, status: &str| {
-            let condition = format!("{{type: Accepted, status: '{status}', reason: Accepted, observedGeneration: {generation}}}");
-            due(&format!("spec: {{}}\nstatus: {{conditions: [{{type: Other, status: 'True'}}, {condition}]}}\n"))
+            let condition = format!(
+                "{{type: Accepted, status: '{status}', reason: Accepted, observedGeneration: {generation}}}"
+            );
+            due(&format!(
+                "spec: {{}}\nstatus: {{conditions: [{{type: Other, status: 'True'}}, {condition}]}}\n"
+            ))
         };
         assert_eq!(said(3, "True"), None);
         assert!(said(2, "True").is_some());

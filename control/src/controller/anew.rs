@@ -72,7 +72,9 @@ fn object(kind: Kind, random: &mut Random) -> Value {
 
 fn inbound(random: &mut Random) -> Value {
     match random.below(4) {
-        0 => json!({"policy.weft.dev/default-inbound": random.pick(&["deny", "audit", "all-authenticated", "?"])}),
+        0 => {
+            json!({"policy.weft.dev/default-inbound": random.pick(&["deny", "audit", "all-authenticated", "?"])})
+        }
         _ => json!({}),
     }
 }

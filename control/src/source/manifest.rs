@@ -90,6 +90,7 @@ fn parse_yaml(text: &str, manifest: &mut Manifest) -> Result<(), ManifestError> 
         };
         let shape = serde_path_to_error::deserialize::<_, Option<Shape>>(probe).map_err(locate)?;
         let Some(shape) = shape else { continue };
+        shape.check().map_err(|message| mistake(i + 1, start, message))?;
         let mut track = serde_path_to_error::Track::new();
         let read = shape
             .reader(manifest)
@@ -107,7 +108,7 @@ fn parse_json(text: &str, manifest: &mut Manifest) -> Result<(), ManifestError> 
         document += 1;
         let rest = &text[offset..];
         let before = text[..offset].matches('\n').count();
-        let start = before + 1 + (rest.len() - rest.trim_start().len()).min(rest[..1].matches('\n').count());
+        let start = before + 1 + usize::from(rest.starts_with('\n'));
         let locate = |error: serde_path_to_error::Error<serde_json::Error>| {
             let path = error.path().to_string();
             let line = before + error.inner().line().max(1);
@@ -119,6 +120,7 @@ fn parse_json(text: &str, manifest: &mut Manifest) -> Result<(), ManifestError> 
         stream.next();
         let length = stream.byte_offset();
         if let Some(shape) = shape {
+            shape.check().map_err(|message| mistake(document, start, message))?;
             let mut track = serde_path_to_error::Track::new();
             let mut deserializer = serde_json::Deserializer::from_str(&rest[..length]);
             let read = shape
@@ -130,6 +132,11 @@ fn parse_json(text: &str, manifest: &mut Manifest) -> Result<(), ManifestError> 
         offset += length.max(1);
     }
     Ok(())
+}
+
+/// A mistake of a document as a whole.
+fn mistake(document: usize, line: usize, message: String) -> ManifestError {
+    ManifestError { document, line, path: ".".to_owned(), message }
 }
 
 /// The reader's words without the position it appends and the path that serde_yaml puts in front: both are said once,
@@ -198,6 +205,17 @@ struct ItemShape {
 }
 
 impl Shape {
+    /// Whoever wrote a policy meant to forbid something: one under a name that is not known is not overlooked.
+    fn check(&self) -> Result<(), String> {
+        let items = self.items.iter().flatten().map(|item| (&item.api_version, &item.kind));
+        for (api_version, kind) in items.chain([(&self.api_version, &self.kind)]) {
+            if api_version.starts_with("policy.weft.dev/") && Kind::find(api_version, kind).is_none() {
+                return Err(format!("there is no {kind} in {api_version}"));
+            }
+        }
+        Ok(())
+    }
+
     /// What to read the document as; notes what Weft does not read.
     fn reader(&self, manifest: &mut Manifest) -> Reader {
         let mut find = |api_version: &str, kind: &str| {
@@ -384,6 +402,7 @@ mod tests {
             ("apiVersion: v1\nkind: Pod\nmetadata: {name: a\n", 2, 9, "metadata", "did not find"),
             ("just text\n", 2, 6, ".", "invalid type"),
             ("apiVersion: v1\nkind: Pod\n", 2, 6, ".", "missing field `metadata`"),
+            ("apiVersion: policy.weft.dev/v9\nkind: AuthorizationPolicy\n", 2, 5, ".", "there is no"),
         ] {
             let error = refused(&format!("{good}{text}"));
             assert_eq!(

@@ -23,7 +23,8 @@ use weft_proto::{
 };
 
 use super::{
-    Identities, MeshSettings, mesh_config, networks, place, policies,
+    Identities, MeshSettings, mesh_config, networks, place,
+    policies::{self, Policy},
     services::{self, Membership, Slice},
     workloads,
 };
@@ -63,6 +64,7 @@ pub struct Translator {
     mesh: Option<MeshConfig>,
     desired: Places,
     identities: Identities,
+    policies: BTreeMap<Name, Policy>,
     slices: BTreeMap<Name, Slice>,
     /// Slices by the pods that they put behind a Service.
     slices_of_pod: Index<Name>,
@@ -88,6 +90,7 @@ impl Translator {
             mesh: None,
             desired: Places::new(),
             identities: Identities::default(),
+            policies: BTreeMap::new(),
             slices: BTreeMap::new(),
             slices_of_pod: Index::default(),
             slices_of_address: Index::default(),
@@ -227,18 +230,31 @@ impl Translator {
         self.mesh = Some(mesh);
     }
 
-    fn translate_policies(&self, store: &Store, touched: &Touched, dirty: &mut Dirty, changes: &mut Changes) {
+    fn translate_policies(
+        &mut self,
+        store: &Store,
+        touched: &Touched,
+        dirty: &mut Dirty,
+        changes: &mut Changes,
+    ) {
         let mut names = touched.policies.clone();
         for (namespace, service) in &touched.services {
-            let targeting = store.policies_in(namespace).filter(|(_, policy)| policies::targets(policy, service));
+            let targeting =
+                store.policies_in(namespace).filter(|(_, policy)| policies::targets(policy, service));
             names.extend(targeting.map(|(name, _)| name.clone()));
         }
         let namespaces: BTreeSet<&str> = names.iter().map(|(namespace, _)| namespace.as_str()).collect();
         dirty.pods.extend(namespaces.into_iter().flat_map(|namespace| store.pods_in(namespace)).cloned());
-        for name in &names {
-            let (wire_name, policy, problem) = policies::policy(store, &self.settings, name);
-            changes.problems.insert(format!("AuthorizationPolicy {wire_name}"), problem);
-            changes.policies.insert(wire_name, policy);
+        for name in names {
+            let new = policies::policy(store, &self.settings, &name);
+            let old = match &new {
+                Some(policy) => self.policies.insert(name.clone(), policy.clone()),
+                None => self.policies.remove(&name),
+            };
+            changes.policies.extend(old.map(|old| (old.name, None)));
+            let problem = new.as_ref().and_then(|policy| policy.problem.clone());
+            changes.problems.insert(format!("AuthorizationPolicy {}/{}", name.0, name.1), problem);
+            changes.policies.extend(new.map(|new| (new.name, Some(new.content))));
         }
     }
 
@@ -260,7 +276,7 @@ impl Translator {
         let uid = self.settings.pod_uid(&name.0, &name.1);
         let tunnel = self.desired.get(&uid).is_some_and(|place| enrolled.holds(&uid, place));
         let membership = self.membership(name);
-        let pod = workloads::pod(store, &self.settings, name, &membership, tunnel);
+        let pod = workloads::pod(store, &self.settings, name, &membership, &self.policies, tunnel);
         let workload = pod.workload.map(|w| Address { r#type: Some(address::Type::Workload(w)) });
         changes.addresses.insert(uid.clone(), workload);
         changes.problems.insert(format!("Pod {}/{}", name.0, name.1), pod.problem);

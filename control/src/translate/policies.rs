@@ -2,23 +2,54 @@
 //!
 //! The wire knows Allow, Deny and, as a dry run, Audit. All else is said with these three, so that whoever enforces them
 //! needs to know no more: a default is a built-in Allow, which is named where no other is; a floor is a built-in Deny.
+//!
+//! Agents hear of a policy's content and of who it is about one after the other. So its name on the wire changes with its
+//! action and with what it is about: in between, those who name it find nothing, which is unknown and no verdict. Rules
+//! that change alone take the place of the old ones in one step.
 
 use std::{collections::BTreeMap, net::IpAddr};
 
 use ipnet::IpNet;
+use prost::Message;
 use weft_api::{
     AuthorizationPolicy, DefaultInbound, Pod,
-    authorization_policy::{Action, Cidr, Operation, PolicySpec, Principal, Rule, ServiceAccount, Source, Target},
+    authorization_policy::{
+        Action, Cidr, Operation, PolicySpec, Principal, Rule, ServiceAccount, Source, Target,
+    },
     inbound_choice,
 };
 use weft_core::TrustDomain;
-use weft_proto::security::{self as wire, Authorization, Scope, StringMatch, string_match::MatchType};
+use weft_proto::{
+    authorization::TAG,
+    security::{self as wire, Authorization, Scope, StringMatch, string_match::MatchType},
+};
+use weft_xds::Version;
 
 use super::{MeshSettings, octets, services::Membership};
 use crate::store::{Name, Store};
 
 /// Where built-in policies are. No namespace can have that name, since it has a dot.
 const BUILT_IN: &str = "policy.weft.dev";
+/// What denies everybody.
+const NOBODY: &str = "nobody";
+/// The most policies that one pod can have: each of them costs every agent some bytes for each of the pods.
+const MAX_OF_POD: usize = 256;
+/// The largest policy on the wire. All policies go to all nodes.
+const MAX_BYTES: usize = 32 << 10;
+
+/// A policy as it is enforced. One that cannot be is replaced by one that denies everybody.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Policy {
+    /// On the wire.
+    pub name: String,
+    pub content: Authorization,
+    /// For a person.
+    pub problem: Option<String>,
+    target: Target,
+    allows: bool,
+    /// Asks who the caller is, to deny him.
+    denies_identities: bool,
+}
 
 /// What is in force for one pod.
 #[derive(Debug, Default)]
@@ -31,6 +62,7 @@ pub(super) struct InForce {
 
 pub(super) fn in_force(
     store: &Store,
+    policies: &BTreeMap<Name, Policy>,
     settings: &MeshSettings,
     name: &Name,
     pod: &Pod,
@@ -39,34 +71,32 @@ pub(super) fn in_force(
     let inbound = settings.inbound;
     let namespace = store.namespaces.get(&name.0).map(|namespace| &**namespace);
     let choice = inbound_choice(inbound.default, inbound.floor, namespace, pod);
-    let mut default = choice.default;
-    let mut names = Vec::new();
-    let mut allowed = false;
-    for (policy_name, policy) in store.policies_in(&name.0) {
-        if !is_about(store, settings, &name.0, policy, pod, membership) {
-            continue;
-        }
-        names.push(wire_name(policy_name));
-        match &policy.spec {
-            Ok(spec) if spec.action == Action::Allow => allowed = true,
-            // Whoever shows no identity cannot be told from those that are named.
-            Ok(spec) if spec.action == Action::Deny && names_identities(spec) => {
-                default = default.max(DefaultInbound::AllAuthenticated);
-            }
-            _ => {}
-        }
-    }
     let built_in = |name: &str| format!("{BUILT_IN}/{name}");
-    if !allowed && default != DefaultInbound::AllUnauthenticated {
+    let from = (name.0.clone(), String::new());
+    let of_namespace = policies.range(from..).take_while(|(of, _)| of.0 == name.0).map(|(_, policy)| policy);
+    let is_about = |policy: &&Policy| is_about(store, settings, &name.0, &policy.target, pod, membership);
+    let about: Vec<&Policy> = of_namespace.filter(is_about).collect();
+    if about.len() > MAX_OF_POD {
+        let problem =
+            format!("{} policies are about it, more than {MAX_OF_POD}: nobody may call it", about.len());
+        return InForce { names: vec![built_in(NOBODY)], problem: Some(problem) };
+    }
+    let mut names: Vec<String> = about.iter().map(|policy| policy.name.clone()).collect();
+    let mut default = choice.default;
+    // Whoever shows no identity cannot be told from those that are named.
+    if about.iter().any(|policy| policy.denies_identities) {
+        default = default.max(DefaultInbound::AllAuthenticated);
+    }
+    if default != DefaultInbound::AllUnauthenticated && !about.iter().any(|policy| policy.allows) {
         names.push(built_in(default.as_str()));
     }
     names.extend(floor(inbound.floor).map(built_in));
     InForce { names, problem: choice.problem }
 }
 
-/// Whether a policy targets one of these Services, so that with the Service changes what it is about.
+/// Whether a policy targets that Service, so that with the Service changes what it is about.
 pub(super) fn targets(policy: &AuthorizationPolicy, service: &str) -> bool {
-    matches!(policy.target(), Target::Services(services) if services.iter().any(|s| s == service))
+    matches!(policy.target(), Target::Services(services) if services.contains(service))
 }
 
 /// A Service's pods are those that it selects, also before any slice has them, and those that a slice has.
@@ -74,18 +104,19 @@ fn is_about(
     store: &Store,
     settings: &MeshSettings,
     namespace: &str,
-    policy: &AuthorizationPolicy,
+    target: &Target,
     pod: &Pod,
     membership: &Membership,
 ) -> bool {
     let labels = &pod.metadata.labels;
-    let has = |wanted: &BTreeMap<String, String>| wanted.iter().all(|(key, value)| labels.get(key) == Some(value));
+    let has =
+        |wanted: &BTreeMap<String, String>| wanted.iter().all(|(key, value)| labels.get(key) == Some(value));
     let is_behind = |name: &String| {
         let service = store.services.get(&(namespace.to_owned(), name.clone()));
         let selector = service.map(|service| &service.spec.selector).filter(|selector| !selector.is_empty());
         selector.is_some_and(has) || membership.services.contains_key(&settings.service_key(namespace, name))
     };
-    match policy.target() {
+    match target {
         Target::Namespace => true,
         Target::Labels(wanted) => has(wanted),
         Target::Services(services) => services.iter().any(is_behind),
@@ -96,16 +127,12 @@ fn names_identities(spec: &PolicySpec) -> bool {
     spec.rules.iter().flat_map(|rule| &rule.from).any(Source::names_identities)
 }
 
-fn wire_name((namespace, name): &Name) -> String {
-    format!("{namespace}/{name}")
-}
-
-/// What a floor is called. The others hold as the least that a default may be.
+/// What a floor is called that holds for Allows as well. As the least that a default may be, each does.
 fn floor(floor: DefaultInbound) -> Option<&'static str> {
     match floor {
         DefaultInbound::AllAuthenticated => Some("floor-all-authenticated"),
-        DefaultInbound::ClusterAuthenticated => Some("floor-cluster-authenticated"),
-        DefaultInbound::AllUnauthenticated | DefaultInbound::Audit | DefaultInbound::Deny => None,
+        DefaultInbound::ClusterAuthenticated | DefaultInbound::Deny => Some("floor-cluster-authenticated"),
+        DefaultInbound::AllUnauthenticated | DefaultInbound::Audit => None,
     }
 }
 
@@ -113,10 +140,11 @@ fn floor(floor: DefaultInbound) -> Option<&'static str> {
 pub(super) fn built_in(trust_domain: &TrustDomain) -> BTreeMap<String, Authorization> {
     let cluster = || pattern(&Principal::Prefix(format!("{trust_domain}/")));
     let somebody = || pattern(&Principal::Any);
-    let is = |one: StringMatch| wire::Match { principals: vec![one], ..Default::default() };
-    let is_not = |one: StringMatch| wire::Match { not_principals: vec![one], ..Default::default() };
+    let is = |one: StringMatch| vec![wire::Match { principals: vec![one], ..Default::default() }];
+    let is_not = |one: StringMatch| vec![wire::Match { not_principals: vec![one], ..Default::default() }];
     let [allow, deny] = [wire::Action::Allow, wire::Action::Deny];
     [
+        (NOBODY, deny, Some(Vec::new()), false),
         ("deny", allow, None, false),
         ("audit", allow, None, true),
         ("all-authenticated", allow, Some(is(somebody())), false),
@@ -126,55 +154,105 @@ pub(super) fn built_in(trust_domain: &TrustDomain) -> BTreeMap<String, Authoriza
     ]
     .into_iter()
     .map(|(name, action, matches, dry_run)| {
-        let name = (BUILT_IN.to_owned(), name.to_owned());
-        let rules = matches.map(|m| wire::Rule { clauses: vec![clause(vec![m])] });
-        (wire_name(&name), authorization(&name, action, dry_run, rules.into_iter().collect()))
+        let rules = matches.map(|m| wire::Rule { clauses: m.into_iter().map(|m| clause(vec![m])).collect() });
+        let policy = authorization(BUILT_IN, name.to_owned(), action, dry_run, rules.into_iter().collect());
+        (format!("{BUILT_IN}/{name}"), policy)
     })
     .collect()
 }
 
-/// The policy of that name, and what is wrong with it. One that cannot be understood denies.
-pub(super) fn policy(
-    store: &Store,
-    settings: &MeshSettings,
-    name: &Name,
-) -> (String, Option<Authorization>, Option<String>) {
-    let Some(policy) = store.policies.get(name) else { return (wire_name(name), None, None) };
-    let (authorization, problem) = match &policy.spec {
-        Ok(spec) => {
-            let rule = |rule| wire_rules(&settings.trust_domain, &name.0, spec.action, rule);
-            let (action, dry_run) = match spec.action {
-                Action::Allow => (wire::Action::Allow, false),
-                Action::Audit => (wire::Action::Allow, true),
-                Action::Deny => (wire::Action::Deny, false),
-            };
-            let rules = spec.rules.iter().flat_map(rule).collect();
-            (authorization(name, action, dry_run, rules), missing_services(store, name, spec))
+/// The policy of that name.
+pub(super) fn policy(store: &Store, settings: &MeshSettings, name: &Name) -> Option<Policy> {
+    let policy = store.policies.get(name)?;
+    let understood = policy.spec.as_ref().map_err(|unintelligible| {
+        (unintelligible.target.clone(), format!("{}; it denies everything", unintelligible.why))
+    });
+    let enforceable = understood.and_then(|spec| match missing_services(store, name, spec) {
+        Some(why) => {
+            Err((Target::Namespace, format!("{why}; until then it denies everything in its namespace")))
         }
-        Err(unintelligible) => (
-            authorization(name, wire::Action::Deny, false, vec![wire::Rule::default()]),
-            Some(format!("{}; it denies everything", unintelligible.why)),
-        ),
-    };
-    (wire_name(name), Some(authorization), problem)
+        None => content(settings, name, spec)
+            .map(|content| (spec, content))
+            .map_err(|why| (spec.target.clone(), why)),
+    });
+    Some(match enforceable {
+        Ok((spec, (action, dry_run, rules))) => Policy {
+            target: spec.target.clone(),
+            allows: spec.action == Action::Allow,
+            denies_identities: spec.action == Action::Deny && names_identities(spec),
+            ..made(name, &spec.target, action, dry_run, rules)
+        },
+        Err((target, why)) => {
+            let nobody = made(name, &target, wire::Action::Deny, false, vec![wire::Rule::default()]);
+            Policy { problem: Some(why), target, ..nobody }
+        }
+    })
 }
 
-fn missing_services(store: &Store, (namespace, _): &Name, spec: &PolicySpec) -> Option<String> {
+/// What does not depend on the policy's rules, and is part of its name.
+fn made(
+    (namespace, name): &Name,
+    target: &Target,
+    action: wire::Action,
+    dry_run: bool,
+    rules: Vec<wire::Rule>,
+) -> Policy {
+    let tag = Version::of(format!("{action:?} {dry_run} {target:?}").as_bytes());
+    let tagged = format!("{name}{TAG}{:.8}", tag.as_str());
+    Policy {
+        name: format!("{namespace}/{tagged}"),
+        content: authorization(namespace, tagged, action, dry_run, rules),
+        problem: None,
+        target: target.clone(),
+        allows: false,
+        denies_identities: false,
+    }
+}
+
+type Content = (wire::Action, bool, Vec<wire::Rule>);
+
+/// Action, whether it is a dry run, and rules.
+fn content(settings: &MeshSettings, (namespace, _): &Name, spec: &PolicySpec) -> Result<Content, String> {
+    let (action, dry_run) = match spec.action {
+        Action::Allow => (wire::Action::Allow, false),
+        Action::Audit => (wire::Action::Allow, true),
+        Action::Deny => (wire::Action::Deny, false),
+    };
+    let mut rules = Vec::new();
+    let mut bytes = 0;
+    for rule in &spec.rules {
+        for rule in wire_rules(&settings.trust_domain, namespace, spec.action, rule) {
+            bytes += rule.encoded_len();
+            if bytes > MAX_BYTES {
+                return Err(format!(
+                    "it is too large, with more than {MAX_BYTES} bytes for agents; it denies everything"
+                ));
+            }
+            rules.push(rule);
+        }
+    }
+    Ok((action, dry_run, rules))
+}
+
+/// The Services that it targets and that are not there.
+pub fn missing_services(store: &Store, (namespace, _): &Name, spec: &PolicySpec) -> Option<String> {
     let Target::Services(services) = &spec.target else { return None };
     let is_missing = |name: &&String| !store.services.contains_key(&(namespace.clone(), (*name).clone()));
     let missing: Vec<&str> = services.iter().filter(is_missing).map(String::as_str).collect();
-    (!missing.is_empty()).then(|| format!("there is no Service {} in namespace {namespace}", missing.join(", ")))
+    (!missing.is_empty())
+        .then(|| format!("there is no Service {} in namespace {namespace}", missing.join(", ")))
 }
 
 fn authorization(
-    (namespace, name): &Name,
+    namespace: &str,
+    name: String,
     action: wire::Action,
     dry_run: bool,
     rules: Vec<wire::Rule>,
 ) -> Authorization {
     Authorization {
-        name: name.clone(),
-        namespace: namespace.clone(),
+        name,
+        namespace: namespace.to_owned(),
         // In force where a workload names it.
         scope: Scope::WorkloadSelector.into(),
         action: action.into(),
@@ -183,25 +261,31 @@ fn authorization(
     }
 }
 
-/// A rule on the wire for each of its sources. What only a waypoint can tell never allows, and is taken for granted where
-/// it denies.
-fn wire_rules(trust_domain: &TrustDomain, namespace: &str, action: Action, rule: &Rule) -> Vec<wire::Rule> {
+/// The rule on the wire. What only a waypoint can tell never allows, and is taken for granted where it denies. Sources
+/// that ask several things of a caller are rules of their own, made only as they are asked for.
+fn wire_rules(
+    trust_domain: &TrustDomain,
+    namespace: &str,
+    action: Action,
+    rule: &Rule,
+) -> impl Iterator<Item = wire::Rule> {
     let denies = action == Action::Deny;
     let to = rule.to.iter().filter(|operation| denies || !operation.needs_l7()).map(ports);
     let to: Vec<wire::Match> = to.collect();
-    if to.is_empty() && !rule.to.is_empty() {
-        return Vec::new();
-    }
+    let never = to.is_empty() && !rule.to.is_empty();
     // A match that says nothing is none on the wire: with one, this is about every port.
     let to = (!to.is_empty() && !to.contains(&wire::Match::default())).then(|| clause(to));
-    let everybody = [Source::default()];
-    let sources = if rule.from.is_empty() { &everybody } else { rule.from.as_slice() };
-    let rule = |source| {
-        let from = from(trust_domain, namespace, source, denies).into_iter();
-        let clauses = from.map(|m| clause(vec![m])).chain(to.clone()).collect();
-        wire::Rule { clauses }
+    let sources = rule.from.iter().map(|source| from(trust_domain, namespace, source, denies));
+    let (simple, others): (Vec<_>, Vec<_>) = sources.partition(|matches| matches.len() == 1);
+    let simple = clause(simple.into_iter().flatten().collect());
+    let simple = match (rule.from.is_empty(), simple.matches.is_empty()) {
+        (true, _) => Some(Vec::new()),
+        (false, true) => None,
+        (false, false) => Some(vec![simple]),
     };
-    sources.iter().map(rule).collect()
+    let others = others.into_iter().map(|matches| matches.into_iter().map(|m| clause(vec![m])).collect());
+    let all = simple.into_iter().chain(others).filter(move |_| !never);
+    all.map(move |clauses: Vec<_>| wire::Rule { clauses: clauses.into_iter().chain(to.clone()).collect() })
 }
 
 fn ports(operation: &Operation) -> wire::Match {
@@ -224,7 +308,8 @@ fn from(trust_domain: &TrustDomain, own: &str, source: &Source, denies: bool) ->
     let namespaces = |names: &[weft_api::authorization_policy::Name]| {
         names.iter().map(|name| pattern(&namespace(&name.0))).collect::<Vec<_>>()
     };
-    let accounts = |accounts: &[ServiceAccount]| accounts.iter().map(account).map(|a| pattern(&a)).collect::<Vec<_>>();
+    let accounts =
+        |accounts: &[ServiceAccount]| accounts.iter().map(account).map(|a| pattern(&a)).collect::<Vec<_>>();
     let ranges = |cidrs: &[Cidr]| cidrs.iter().map(|cidr| range(cidr.0)).collect::<Vec<_>>();
 
     let positive =
@@ -274,4 +359,3 @@ fn range(range: IpNet) -> wire::Address {
     let ip: IpAddr = range.network();
     wire::Address { address: octets(ip), length: range.prefix_len().into() }
 }
-

@@ -19,7 +19,7 @@ use weft_proto::{
 
 use super::{
     MeshSettings, contains, octets,
-    policies::{self, InForce},
+    policies::{self, InForce, Policy},
     services::{EndpointState, Membership, OtherEndpoint},
 };
 use crate::store::{Name, Store};
@@ -42,6 +42,7 @@ pub(super) fn pod(
     settings: &MeshSettings,
     name: &Name,
     membership: &Membership,
+    policies: &BTreeMap<Name, Policy>,
     tunnel: bool,
 ) -> TranslatedPod {
     let Some(pod) = store.pods.get(name).filter(|pod| !pod.is_gone()) else {
@@ -52,14 +53,16 @@ pub(super) fn pod(
     let locality = locality(store, pod);
     // What is not in the mesh is guarded by nobody.
     let in_force = match choice.wanted {
-        true => policies::in_force(store, settings, name, pod, membership),
+        true => policies::in_force(store, policies, settings, name, pod, membership),
         false => InForce::default(),
     };
     let workload = workload(settings, name, pod, &addresses, locality, membership, tunnel);
     let workload = workload.map(|w| Workload { authorization_policies: in_force.names, ..w });
     let local = local(settings, name, pod, &addresses, choice.wanted);
     let problem = workload.as_ref().and_then(|_| address_problem(settings, &choice, &addresses));
-    let problem = problem.or(in_force.problem).or_else(|| local.as_ref().and_then(|local| netns_problem(settings, local)));
+    let problem = problem
+        .or(in_force.problem)
+        .or_else(|| local.as_ref().and_then(|local| netns_problem(settings, local)));
     TranslatedPod { workload, local, problem }
 }
 

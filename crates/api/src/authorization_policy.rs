@@ -4,7 +4,7 @@
 //! later version, is [`Unintelligible`], and denies. It is no mistake of the file or the object that it is in, which would
 //! leave what was in force before.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use ipnet::IpNet;
 use serde::{
@@ -16,12 +16,28 @@ use serde_json::Value;
 use crate::{field::is_dns_subdomain, meta::ObjectMeta, pod::Condition};
 
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(from = "Object")]
 pub struct AuthorizationPolicy {
     pub metadata: ObjectMeta,
-    #[serde(default = "no_spec", deserialize_with = "spec")]
     pub spec: Result<PolicySpec, Unintelligible>,
-    #[serde(default, deserialize_with = "crate::field::nullable")]
     pub status: PolicyStatus,
+}
+
+/// As it is written.
+#[derive(Deserialize)]
+struct Object {
+    metadata: ObjectMeta,
+    #[serde(default)]
+    spec: Value,
+    #[serde(default, deserialize_with = "crate::field::nullable")]
+    status: PolicyStatus,
+}
+
+impl From<Object> for AuthorizationPolicy {
+    fn from(Object { metadata, spec, status }: Object) -> Self {
+        let namespace = metadata.namespace.as_deref().unwrap_or("default");
+        Self { spec: self::spec(&spec, namespace), metadata, status }
+    }
 }
 
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
@@ -55,7 +71,7 @@ pub enum Target {
     /// Those with all of these labels.
     Labels(BTreeMap<String, String>),
     /// Those behind one of these Services.
-    Services(Vec<String>),
+    Services(BTreeSet<String>),
 }
 
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
@@ -104,7 +120,8 @@ impl Source {
     /// Whether it asks who the caller is.
     pub fn names_identities(&self) -> bool {
         let Self { principals, namespaces, service_accounts, cidrs: _, not_cidrs: _, .. } = self;
-        !(principals.is_empty() && namespaces.is_empty() && service_accounts.is_empty()) || self.excludes_identities()
+        !(principals.is_empty() && namespaces.is_empty() && service_accounts.is_empty())
+            || self.excludes_identities()
     }
 
     pub fn excludes_identities(&self) -> bool {
@@ -201,16 +218,28 @@ fn principal(text: &str) -> Result<Principal, &'static str> {
     let plain = |text: &str| !text.is_empty() && !text.contains('*');
     match (text, text.strip_prefix('*'), text.strip_suffix('*'), text.strip_prefix(SCHEME)) {
         ("*", ..) => Ok(Principal::Any),
-        (_, Some(suffix), ..) if plain(suffix) => Ok(Principal::Suffix(suffix.to_owned())),
+        (_, Some(suffix), ..) if plain(suffix) && !suffix.contains("//") => {
+            Ok(Principal::Suffix(suffix.to_owned()))
+        }
         (_, None, Some(prefix), _) if plain(prefix) => match prefix.strip_prefix(SCHEME) {
             Some("") => Ok(Principal::Any),
             Some(prefix) => Ok(Principal::Prefix(prefix.to_owned())),
             None => Err("does not begin with spiffe://"),
         },
-        (_, None, None, Some(exact)) if plain(exact) => Ok(Principal::Exact(exact.to_owned())),
+        (_, None, None, Some(exact)) if plain(exact) => match is_identity(exact) {
+            true => Ok(Principal::Exact(exact.to_owned())),
+            false => Err("is not spiffe://TRUST_DOMAIN/ns/NAMESPACE/sa/SERVICE_ACCOUNT"),
+        },
         (_, None, None, None) => Err("does not begin with spiffe://"),
-        _ => Err("has a * elsewhere than as its first or its last character"),
+        _ => Err("has a * elsewhere than as its first or its last character, or // behind it"),
     }
+}
+
+/// Whether it is the path and trust domain of an identity that the mesh knows.
+fn is_identity(text: &str) -> bool {
+    let parts: Vec<&str> = text.split('/').collect();
+    matches!(parts.as_slice(), [domain, "ns", namespace, "sa", account]
+        if is_dns_subdomain(domain) && is_dns_subdomain(namespace) && is_dns_subdomain(account))
 }
 
 fn service_account(text: &str) -> Option<ServiceAccount> {
@@ -229,35 +258,38 @@ fn cidr(text: &str) -> Result<Cidr, &'static str> {
         IpNet::V6(range) if range.prefix_len() > 0 && range.addr().to_ipv4_mapped().is_some() => {
             Err("is a range of IPv4 addresses in IPv6 form; write it as IPv4")
         }
-        range => Ok(Cidr(range.trunc())),
+        range if range.trunc() != range => Err("has bits behind its prefix"),
+        range => Ok(Cidr(range)),
     }
 }
 
-/// A list that is absent or names something: whether an empty one means everything or nothing, people differ.
+/// A list that is absent or names something: whether an empty one, or null, means everything or nothing, people differ.
 fn some<'de, D: Deserializer<'de>, T: Deserialize<'de>>(deserializer: D) -> Result<Vec<T>, D::Error> {
-    match Option::<Vec<T>>::deserialize(deserializer)? {
-        Some(list) if list.is_empty() => Err(D::Error::custom("is empty; leave it out, or name something")),
-        list => Ok(list.unwrap_or_default()),
+    match Option::<Vec<T>>::deserialize(deserializer)?.filter(|list| !list.is_empty()) {
+        Some(list) => Ok(list),
+        None => Err(D::Error::custom("is empty; leave it out, or name something")),
     }
 }
 
-fn no_spec() -> Result<PolicySpec, Unintelligible> {
-    Err(Unintelligible { why: "spec: is missing".to_owned(), target: Target::Namespace })
-}
+/// The most that a reason quotes, in characters.
+const MAX_REASON: usize = 200;
 
-fn spec<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Result<PolicySpec, Unintelligible>, D::Error> {
-    let value = Value::deserialize(deserializer)?;
-    if value.is_null() {
-        return Ok(no_spec());
-    }
+fn spec(value: &Value, namespace: &str) -> Result<PolicySpec, Unintelligible> {
     let aim = ["selector", "targetRefs"].map(|field| value.get(field).cloned().unwrap_or_default());
-    let target = target(aim);
+    let target = target(aim, namespace);
     let read = target.clone().and_then(|target| {
-        let Content { action, rules, .. } = part(&value, "spec")?;
+        if value.is_null() {
+            return Err("spec: is missing".to_owned());
+        }
+        let Content { action, rules, .. } = part(value, "spec")?;
         rules.iter().try_for_each(says_something)?;
+        if action == Action::Deny && rules.is_empty() {
+            return Err("spec.rules: a Deny without any denies nobody".to_owned());
+        }
         Ok(PolicySpec { target, action, rules })
     });
-    Ok(read.map_err(|why| Unintelligible { why, target: target.unwrap_or_default() }))
+    let short = |why: String| why.chars().take(MAX_REASON).collect();
+    read.map_err(|why| Unintelligible { why: short(why), target: target.unwrap_or_default() })
 }
 
 /// The specification; what it is about is read on its own.
@@ -298,7 +330,7 @@ fn part<T: DeserializeOwned>(value: &Value, name: &str) -> Result<T, String> {
     })
 }
 
-fn target([selector, target_refs]: [Value; 2]) -> Result<Target, String> {
+fn target([selector, target_refs]: [Value; 2], namespace: &str) -> Result<Target, String> {
     match (selector, target_refs) {
         (Value::Null, Value::Null) => Ok(Target::Namespace),
         (selector, Value::Null) => {
@@ -310,7 +342,10 @@ fn target([selector, target_refs]: [Value; 2]) -> Result<Target, String> {
             let kinds: Vec<_> = refs.iter().map(|r| (r.group.as_str(), r.kind.as_str())).collect();
             match kinds.as_slice() {
                 [] => Err("spec.targetRefs: is empty; leave it out, or name something".to_owned()),
-                [("", "Namespace")] => Ok(Target::Namespace),
+                [("", "Namespace")] if refs[0].name == namespace => Ok(Target::Namespace),
+                [("", "Namespace")] => {
+                    Err("spec.targetRefs: is another namespace than the policy's".to_owned())
+                }
                 all if all.iter().all(|kind| *kind == ("", "Service")) => {
                     Ok(Target::Services(refs.into_iter().map(|r| r.name).collect()))
                 }
@@ -323,7 +358,9 @@ fn target([selector, target_refs]: [Value; 2]) -> Result<Target, String> {
 
 /// An item that names nothing would match everybody, which is more often a slip than meant.
 fn says_something(rule: &Rule) -> Result<(), String> {
-    let slip = |list: &str| Err(format!("spec.rules: an item of {list} says nothing; leave it out, or name something"));
+    let slip = |list: &str| {
+        Err(format!("spec.rules: an item of {list} says nothing; leave it out, or name something"))
+    };
     if rule.from.contains(&Source::default()) {
         return slip("from");
     }

@@ -73,7 +73,8 @@ pub fn inbound_choice(
             DefaultInbound::Deny
         }))
     };
-    let of_namespace = namespace.and_then(|namespace| said(&namespace.metadata.annotations, "its namespace's"));
+    let of_namespace =
+        namespace.and_then(|namespace| said(&namespace.metadata.annotations, "its namespace's"));
     let of_pod = said(&pod.metadata.annotations, "the pod's");
     let outer = of_namespace.unwrap_or(mesh).max(floor);
     if let Some(laxer) = of_pod.filter(|of_pod| *of_pod < outer) {

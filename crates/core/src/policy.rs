@@ -78,18 +78,29 @@ impl Rule {
         self.0.iter().all(|clause| clause.iter().any(|m| m.matches(attempt, principal)))
     }
 
-    /// The only callers that this rule can match, where it lists them one by one.
+    /// Who this rule can match, where it lists them: identities, and namespaces as [`namespace_of`] has them.
     fn callers(&self) -> Option<BTreeSet<&str>> {
-        let exact = |pattern| match pattern {
+        let listed = |pattern| match pattern {
             &Pattern::Exact(ref principal) => Some(&**principal),
+            &Pattern::Prefix(ref prefix) => {
+                Some(&**prefix).filter(|prefix| namespace_of(prefix) == Some(*prefix))
+            }
             _ => None,
         };
         self.0.iter().find_map(|clause| {
-            let listed = clause.iter().all(|m| !m.principals.0.is_empty());
-            let callers = clause.iter().flat_map(|m| &m.principals.0).map(exact).collect();
-            if listed { callers } else { None }
+            let all = clause.iter().all(|m| !m.principals.0.is_empty());
+            let callers = clause.iter().flat_map(|m| &m.principals.0).map(listed).collect();
+            if all { callers } else { None }
         })
     }
+}
+
+/// The part of an identity that everybody of its namespace has: `TRUST_DOMAIN/ns/NAMESPACE/sa/`.
+fn namespace_of(principal: &str) -> Option<&str> {
+    let (at, _) = principal.match_indices('/').nth(3)?;
+    let mut parts = principal.split('/');
+    let is_ours = (parts.nth(1), parts.nth(1)) == (Some("ns"), Some("sa"));
+    is_ours.then(|| &principal[..=at])
 }
 
 impl Match {
@@ -141,7 +152,7 @@ pub struct Guard {
 }
 
 impl Guard {
-    pub fn new<'a>(policies: impl IntoIterator<Item = &'a Policy>) -> Self {
+    pub fn new(policies: impl IntoIterator<Item = Arc<Policy>>) -> Self {
         let mut guard = Self::default();
         for policy in policies {
             match policy.action {
@@ -175,29 +186,30 @@ impl Guard {
 /// The rules of all policies of one action.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 struct Rules {
-    policies: BTreeSet<Arc<str>>,
-    rules: Vec<(Arc<str>, Rule)>,
-    /// The rules that list their callers one by one, by caller.
+    policies: Vec<Arc<Policy>>,
+    /// Every rule: of which policy, and which of its rules.
+    rules: Vec<(usize, usize)>,
+    /// The rules that list who they are for, by identity and namespace.
     by_caller: HashMap<Box<str>, Vec<usize>>,
     /// All others.
     any_caller: Vec<usize>,
 }
 
 impl Rules {
-    fn add(&mut self, policy: &Policy) {
-        self.policies.insert(policy.name.clone());
-        for rule in &policy.rules {
-            let index = self.rules.len();
+    fn add(&mut self, policy: Arc<Policy>) {
+        for (index, rule) in policy.rules.iter().enumerate() {
+            let number = self.rules.len();
             match rule.callers() {
                 Some(callers) => {
                     for caller in callers {
-                        self.by_caller.entry(caller.into()).or_default().push(index);
+                        self.by_caller.entry(caller.into()).or_default().push(number);
                     }
                 }
-                None => self.any_caller.push(index),
+                None => self.any_caller.push(number),
             }
-            self.rules.push((policy.name.clone(), rule.clone()));
+            self.rules.push((self.policies.len(), index));
         }
+        self.policies.push(policy);
     }
 
     fn applies(&self) -> bool {
@@ -206,17 +218,24 @@ impl Rules {
 
     /// The policy, if there is but one.
     fn only(&self) -> Option<Arc<str>> {
-        (self.policies.len() == 1).then(|| self.policies.first().cloned()).flatten()
+        match self.policies.as_slice() {
+            [policy] => Some(policy.name.clone()),
+            _ => None,
+        }
     }
 
     /// The first policy that matches.
     fn first(&self, attempt: &Attempt, principal: Option<&str>) -> Option<Arc<str>> {
-        let listed = principal.and_then(|p| self.by_caller.get(p)).map(Vec::as_slice).unwrap_or_default();
-        let matching = |list: &[usize]| {
-            list.iter().copied().find(|index| self.rules[*index].1.matches(attempt, principal))
+        let listed = |caller: &str| self.by_caller.get(caller).map(Vec::as_slice).unwrap_or_default();
+        let matches = |number: &usize| {
+            let (policy, rule) = self.rules[*number];
+            self.policies[policy].rules[rule].matches(attempt, principal)
         };
-        let first = matching(listed).into_iter().chain(matching(&self.any_caller)).min()?;
-        Some(self.rules[first].0.clone())
+        let own = principal.map(listed).unwrap_or_default();
+        let namespace = principal.and_then(namespace_of).map(listed).unwrap_or_default();
+        let lists = [own, namespace, self.any_caller.as_slice()];
+        let first = lists.iter().filter_map(|list| list.iter().copied().find(matches)).min()?;
+        Some(self.policies[self.rules[first].0].name.clone())
     }
 }
 

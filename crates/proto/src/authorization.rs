@@ -8,26 +8,39 @@ use weft_core::policy::{Action, Match, Pattern, Policy, Rule};
 
 use crate::security::{self as wire, string_match::MatchType};
 
+/// What follows in a policy's name tells apart what it was and is about. No name of an object has it.
+pub const TAG: char = '@';
+
 /// The policy in the resource of that name; or what of it is not known here, and then it must not be guessed.
 pub fn read(name: &str, value: &[u8]) -> Result<Policy, String> {
     let policy = wire::Authorization::decode(value).map_err(|error| error.to_string())?;
+    // What is not known is not kept.
+    if policy.encoded_len() != value.len() {
+        return Err("it has fields that are not known here".to_owned());
+    }
     let action = match (wire::Action::try_from(policy.action), policy.dry_run) {
         (Ok(wire::Action::Allow), false) => Action::Allow,
         (Ok(wire::Action::Allow), true) => Action::Audit,
         (Ok(wire::Action::Deny), false) => Action::Deny,
         (action, dry_run) => return Err(format!("action {action:?}, dry run: {dry_run}")),
     };
-    let clause = |clause: wire::Clause| clause.matches.into_iter().map(matching).collect();
-    let rule = |rule: wire::Rule| Ok(Rule(rule.clauses.into_iter().map(clause).collect::<Result<_, String>>()?));
+    // To the one a clause without any matches nothing, to the other everything.
+    let clause = |clause: wire::Clause| match clause.matches.is_empty() {
+        true => Err("a clause says nothing".to_owned()),
+        false => clause.matches.into_iter().map(matching).collect(),
+    };
+    let rule =
+        |rule: wire::Rule| Ok(Rule(rule.clauses.into_iter().map(clause).collect::<Result<_, String>>()?));
     Ok(Policy {
-        name: name.into(),
+        name: name.split(TAG).next().unwrap_or(name).into(),
         action,
         rules: policy.rules.into_iter().map(rule).collect::<Result<_, String>>()?,
     })
 }
 
 fn matching(m: wire::Match) -> Result<Match, String> {
-    let unused = [m.namespaces.len(), m.not_namespaces.len(), m.service_accounts.len(), m.not_service_accounts.len()];
+    let unused =
+        [m.namespaces.len(), m.not_namespaces.len(), m.service_accounts.len(), m.not_service_accounts.len()];
     if unused.iter().sum::<usize>() + m.destination_ips.len() + m.not_destination_ips.len() > 0 {
         return Err("it uses fields of Match that are not known here".to_owned());
     }

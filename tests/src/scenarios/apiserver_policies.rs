@@ -7,6 +7,7 @@ use weft_testbed::cluster::Builder;
 use weft_testbed::kubernetes::ApiCluster;
 use weft_testbed::poll::until;
 use weft_testbed::traffic::call;
+use weft_testbed::{Server, servers};
 
 use crate::apiserver::{NEWS, NODES, Shop};
 use crate::runner::Scenario;
@@ -56,12 +57,35 @@ fn policies(cluster: Builder) -> Result<()> {
     until(NEWS, "another Allow lets the client in", || Ok(call(&shop.client, to, "may I").is_ok()))?;
     api.delete(&nobody)?;
 
-    api.apply(&policy("lost", json!({"targetRefs": [{"kind": "Service", "name": "nowhere"}]})))?;
-    accepted("lost", "TargetNotFound", "nowhere")?;
+    // What names something that is not there denies, until it is mended; so does a word that nobody knows here.
+    for (spec, reason, words) in [
+        (json!({"targetRefs": [{"kind": "Service", "name": "nowhere"}]}), "TargetNotFound", "nowhere"),
+        (
+            json!({"rules": [{"from": [{"namespaces": ["shop"], "princpals": ["*"]}]}]}),
+            "Invalid",
+            "princpals",
+        ),
+        (json!({"selector": {"matchExpressions": []}}), "Invalid", "matchExpressions"),
+    ] {
+        api.apply(&policy("lost", spec))?;
+        accepted("lost", reason, words)?;
+        until(NEWS, "it denies", || Ok(call(&shop.client, to, "may I").is_err()))?;
+        api.delete(&policy("lost", json!({})))?;
+        until(NEWS, "it is gone", || Ok(call(&shop.client, to, "may I").is_ok()))?;
+    }
     let changed = json!({"action": "Deny", "rules": [{"to": [{"ports": [9]}]}]});
     api.apply(&policy("lost", changed))?;
     accepted("lost", "Accepted", "").context("after it was mended")?;
     call(&shop.client, to, "another port")?;
+    // A pod that is born after its policies, and one that has none.
+    let late = shop.cluster.pod("shop/late", "west")?;
+    let other = shop.cluster.pod("elsewhere/other", "west")?;
+    let _servers = [Server::start(&late, ECHO, servers::echo)?, Server::start(&other, ECHO, servers::echo)?];
+    shop.cluster.namespace("elsewhere", &[("weft.dev/mesh", "enabled")])?;
+    shop.cluster.wait_enrolled(&[&late, &other])?;
+    call(&shop.client, late.at(ECHO), "a new pod")?;
+    call(&shop.client, other.at(ECHO), "a pod without policies")?;
+    ensure!(call(&other, late.at(ECHO), "denied").is_err(), "a caller of another namespace is let in");
     Ok(())
 }
 
@@ -72,7 +96,9 @@ fn refuses(apply: &dyn Fn(Value) -> Result<()>) -> Result<()> {
         json!({}),
         json!({"rules": [{}]}),
         json!({"targetRefs": [{"group": "", "kind": "Namespace", "name": "shop"}]}),
-        from(json!({"principals": ["*", "spiffe://cluster.local/ns/a/sa/*", "*/sa/web", "spiffe://a/ns/b/sa/c"]})),
+        from(
+            json!({"principals": ["*", "spiffe://cluster.local/ns/a/sa/*", "*/sa/web", "spiffe://a/ns/b/sa/c"]}),
+        ),
         from(json!({"cidrs": ["10.0.0.0/8", "fd00::/8"], "notServiceAccounts": ["web", "shop/web"]})),
         json!({"rules": [{"to": [{"ports": [80], "notPorts": [81], "methods": ["GET"], "paths": ["/a*"]}]}]}),
     ] {

@@ -20,7 +20,11 @@ pub const SCENARIOS: &[Scenario] = &[
         flip,
     ),
     Scenario::new("policy_audit", "lets everybody in, and tells of those it would not", audit),
-    Scenario::new("policy_defaults", "who may call where no policy speaks, and who has no identity", defaults),
+    Scenario::new(
+        "policy_defaults",
+        "who may call where no policy speaks, and who has no identity",
+        defaults,
+    ),
     Scenario::new("policy_unknown", "one that cannot be understood denies, and says so", unknown),
 ];
 
@@ -204,7 +208,8 @@ fn defaults(cluster: Builder) -> Result<()> {
         all(who, &strangers, false)?;
         all(who, &members, true)?;
         // An Allow says more exactly who may, also without identity.
-        let cidrs = format!("{{rules: [{{from: [{{cidrs: ['{}/32']}}, {{namespaces: [shop]}}]}}]}}", legacy.v4);
+        let cidrs =
+            format!("{{rules: [{{from: [{{cidrs: ['{}/32']}}, {{namespaces: [shop]}}]}}]}}", legacy.v4);
         policy(cluster, "legacy", &cidrs)?;
         until_let_in(&legacy, v4, true)?;
         all("an Allow of some addresses", &[(&legacy, v6), (&plain, v4)], false)?;

@@ -26,7 +26,7 @@ fn decide(policies: &[Policy], caller: Option<&str>, port: u16) -> (Verdict, Opt
     let identity = caller.map(id);
     let source = "10.0.0.1".parse().expect("valid");
     let attempt = Attempt { identity: identity.as_ref(), source, port };
-    let Decision { verdict, policy } = Guard::new(policies).decide(&attempt);
+    let Decision { verdict, policy } = Guard::new(policies.iter().cloned().map(Arc::new)).decide(&attempt);
     (verdict, policy.map(|name| name.to_string()))
 }
 
@@ -83,9 +83,8 @@ fn patterns_match_identities_alone() {
         (Pattern::Prefix("cluster.local/ns/shop/".into()), WEB, "cluster.local/ns/shop2/sa/web"),
         (Pattern::Suffix("/sa/web".into()), WEB, DB),
     ] {
-        let allowed = |negated, caller| {
-            decide(&[with(pattern.clone(), negated)], caller, 80).0 == Verdict::Allowed
-        };
+        let allowed =
+            |negated, caller| decide(&[with(pattern.clone(), negated)], caller, 80).0 == Verdict::Allowed;
         assert!(allowed(false, Some(matched)) && !allowed(false, Some(other)), "{pattern:?}");
         assert!(!allowed(true, Some(matched)) && allowed(true, Some(other)), "not {pattern:?}");
         assert!(!allowed(false, None) && allowed(true, None), "{pattern:?} of a caller without identity");
@@ -104,4 +103,27 @@ fn a_rule_is_found_by_caller_only_if_it_lists_all_of_them() {
     assert_eq!(lists(vec![vec![exact(&[WEB]), port(80)]]), None, "the second match is for anybody");
     assert_eq!(lists(vec![vec![prefix], vec![exact(&[WEB])]]), Some(1));
     assert_eq!(lists(vec![]), None);
+    for (prefix, is_listed) in [
+        ("cluster.local/ns/shop/sa/", true),
+        ("cluster.local/ns/sa/sa/", true),
+        ("cluster.local/ns/sa/", false),
+        ("cluster.local/ns/shop/sa/w", false),
+        ("cluster.local/", false),
+        ("a/b/c/sa/", false),
+    ] {
+        let principals = (vec![Pattern::Prefix(prefix.into())], Vec::new());
+        let rule = Rule(vec![vec![Match { principals, ..Match::default() }]]);
+        assert_eq!(rule.callers().is_some(), is_listed, "{prefix}");
+        let policy = Policy { name: "a/allow".into(), action: Action::Allow, rules: vec![rule] };
+        for caller in
+            [WEB, DB, "cluster.local/ns/sa/sa/web", "cluster.local/ns/shop2/sa/web", "other/ns/shop/sa/w"]
+        {
+            let expected = if caller.starts_with(prefix) { Verdict::Allowed } else { Verdict::Denied };
+            assert_eq!(
+                decide(std::slice::from_ref(&policy), Some(caller), 80).0,
+                expected,
+                "{prefix} {caller}"
+            );
+        }
+    }
 }

@@ -1,8 +1,9 @@
 //! `bench`: plain TCP and Weft side by side, over the same wire, in one run. Arguments and the order of things; what is
-//! measured is in `works`, how a tool's output is read in `tools`, memory in `memory`, the result in `report`.
+//! measured is in `works`, `policies` and `memory`, how a tool's output is read in `tools`, the result in `report`.
 
 mod descriptors;
 mod memory;
+mod policies;
 mod report;
 mod tools;
 mod works;
@@ -17,11 +18,12 @@ use report::Series;
 /// Measures Weft beside plain TCP over the same wire. Needs root; leaves nothing behind.
 ///
 /// Rounds are interleaved: each work is measured in the clear and through Weft right after another, in pods of the same
-/// two nodes, and the ratio is taken round by round. With several runs the median of each column counts.
+/// two nodes, and the ratio is taken round by round. policies-32 compares Weft without and with policies. With several runs the median of each column counts.
 #[derive(Debug, Parser)]
 #[command(name = "bench")]
 struct Arguments {
-    /// Only works whose name contains this: stream-1, stream-4, requests-1, requests-64, connections-32, memory.
+    /// Only works whose name contains this: stream-1, stream-4, requests-1, requests-64, connections-32,
+    /// policies-32, memory.
     #[arg(default_value = "")]
     work: String,
     /// How often each work is measured.
@@ -58,9 +60,10 @@ fn main() -> ExitCode {
 
 fn measure(arguments: &Arguments) -> Result<Vec<Series>> {
     let works: Vec<_> = works::ALL.iter().filter(|work| work.name.contains(&arguments.work)).collect();
+    let with_policies = policies::NAME.contains(&arguments.work);
     let with_memory = memory::NAMES.iter().any(|name| name.contains(&arguments.work));
     ensure!(
-        !works.is_empty() || with_memory,
+        !works.is_empty() || with_policies || with_memory,
         "no work's name contains {:?}; --help lists them",
         arguments.work
     );
@@ -68,6 +71,9 @@ fn measure(arguments: &Arguments) -> Result<Vec<Series>> {
     let mut series = Vec::new();
     if !works.is_empty() {
         series.extend(works::measure(&works, arguments.runs)?);
+    }
+    if with_policies {
+        series.extend(policies::measure(arguments.runs)?);
     }
     if with_memory {
         series.extend(memory::measure(arguments.runs)?);

@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 mod keep;
+mod policy;
 mod screen;
 mod story;
 mod tables;

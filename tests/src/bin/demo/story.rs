@@ -9,7 +9,7 @@ use weft_testbed::programs::{self, Page};
 use weft_testbed::{Cluster, Moment, Pod, Process, Recording, addresses, evidence, poll};
 
 use crate::screen::Screen;
-use crate::{keep, tables};
+use crate::{keep, policy, tables};
 
 /// Name of the cluster, and so of its run directory and network namespaces.
 pub const CLUSTER: &str = "demo";
@@ -18,12 +18,12 @@ const SESSION: &str = "session-of-alice-7f3a";
 /// Much slower than a person would notice.
 const AT_ONCE: Duration = Duration::from_millis(500);
 
-struct Shop {
-    cluster: Cluster,
-    client: Pod,
-    web: Pod,
+pub struct Shop {
+    pub cluster: Cluster,
+    pub client: Pod,
+    pub web: Pod,
     cache: Pod,
-    page: Page,
+    pub page: Page,
     nginx: Process,
     redis: Process,
 }
@@ -32,10 +32,11 @@ struct Shop {
 pub fn tell(screen: &Screen, keep: bool) -> Result<()> {
     let mut shop = begin(screen)?;
     in_the_clear(screen, &shop)?;
-    let mut old = OldConnection::open(&shop)?;
+    let mut old = OldConnection::open(&shop).context("before the label")?;
     label(screen, &mut shop, &mut old)?;
     encrypted(screen, &shop)?;
     metrics(screen, &shop)?;
+    policy::who_may_call(screen, &shop)?;
     agent_killed(screen, &shop)?;
     agent_back(screen, &shop)?;
     if keep {
@@ -295,16 +296,16 @@ impl Shop {
 }
 
 /// A connection to redis, with a word now and then.
-struct OldConnection(TcpStream);
+pub struct OldConnection(TcpStream);
 
 impl OldConnection {
-    fn open(shop: &Shop) -> Result<OldConnection> {
+    pub fn open(shop: &Shop) -> Result<OldConnection> {
         let mut connection = OldConnection(shop.client.connect(shop.cache.at(6379))?);
-        connection.ping().context("before the label")?;
+        connection.ping()?;
         Ok(connection)
     }
 
-    fn ping(&mut self) -> Result<()> {
+    pub fn ping(&mut self) -> Result<()> {
         self.0.set_read_timeout(Some(Duration::from_secs(5)))?;
         self.0.write_all(b"PING\r\n")?;
         let mut reply = String::new();
