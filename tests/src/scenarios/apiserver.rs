@@ -18,6 +18,7 @@ use weft_testbed::poll::{pause, until, until_some};
 use weft_testbed::process::run_bounded;
 use weft_testbed::{Metrics, Pod, Server, Traffic, servers, traffic};
 
+use crate::apiserver_policies::policy;
 use crate::caller::{Ask, Caller, Versions, code};
 use crate::jwt;
 use crate::runner::Scenario;
@@ -143,6 +144,10 @@ fn rbac(cluster: Builder) -> Result<()> {
     // A second pod on a node: what is written down of it is written again.
     let late = cluster.pod("shop/late", "east")?;
     cluster.wait_enrolled(&[&late])?;
+    let unheeded =
+        api.apply(&policy("unheeded", json!({"action": "Deny", "rules": [{"to": [{"ports": [9]}]}]})))?;
+    let path = "/apis/policy.weft.dev/v1alpha1/namespaces/shop/authorizationpolicies/unheeded";
+    until(NEWS, "a policy has its condition", || Ok(api.get(path)?["status"] != unheeded["status"]))?;
 
     // What an agent does with its other token, the one for the API server, and the plugin with the token that it gets.
     let kubectl = |token: &str, args: &[&str]| -> Result<(bool, String)> {

@@ -19,7 +19,7 @@ pub const SCENARIOS: &[Scenario] = &[Scenario::new(
     policies,
 )];
 
-fn policy(name: &str, spec: Value) -> Value {
+pub fn policy(name: &str, spec: Value) -> Value {
     json!({
         "apiVersion": "policy.weft.dev/v1alpha1", "kind": "AuthorizationPolicy",
         "metadata": {"name": name, "namespace": "shop"}, "spec": spec,
