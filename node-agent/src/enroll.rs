@@ -33,7 +33,7 @@ use crate::{
 };
 
 /// After its label is gone a pod keeps answering tunnels this long, for peers that have not heard yet.
-const LEAVING_GRACE: Duration = Duration::from_secs(2);
+const LEAVING_GRACE: Duration = Duration::from_secs(4);
 /// How often namespaces are looked at again: one may have been replaced under the same path.
 const RECHECK: Duration = Duration::from_secs(5);
 const FIRST_RETRY: Duration = Duration::from_millis(250);

@@ -3,6 +3,7 @@
 
 mod addresses;
 mod agents;
+mod authorization;
 mod control;
 mod identity;
 mod nodes;
@@ -118,6 +119,7 @@ async fn look(arguments: &Arguments) -> Result<Report> {
         category("weft-identity", identity::checks(&view, &installed)),
         category("weft-agents", agents::checks(&view, &installed)),
         category("weft-pods", [pods::checks(&view, &installed), addresses::checks(&view, &ranges)].concat()),
+        category("authorization", authorization::checks(&view, &installed)),
         category("network-policies", policies::checks(&view, &installed)),
     ]))
 }

@@ -9,7 +9,7 @@ use std::{
 use anyhow::Result;
 use futures_util::{StreamExt, stream};
 use serde_json::Value;
-use weft_api::{Namespace, Pod, ServiceCidr};
+use weft_api::{AuthorizationPolicy, Namespace, Pod, ServiceCidr};
 
 use crate::{
     agents::{self, Agents},
@@ -45,6 +45,7 @@ pub struct Installed {
     pub events: Part<Vec<Value>>,
     pub root: Part<Option<Value>>,
     pub policies: Part<Vec<Value>>,
+    pub authorization: Part<Vec<AuthorizationPolicy>>,
     /// What each node's agent says, by node.
     pub agents: Agents,
 }
@@ -96,7 +97,7 @@ impl Installed {
             format!("{core}/configmaps/weft-root"),
         );
         let (pods, events) = (agents::path(namespace), format!("{core}/events?fieldSelector=type%3DWarning"));
-        let (missing, control, agent, pods, events, root, policies) = tokio::join!(
+        let (missing, control, agent, pods, events, root, policies, authorization) = tokio::join!(
             missing(cluster, namespace),
             cluster.find(&control),
             cluster.find(&agent),
@@ -104,6 +105,7 @@ impl Installed {
             cluster.list(&events),
             cluster.find(&root),
             cluster.list("/apis/networking.k8s.io/v1/networkpolicies"),
+            cluster.list("/apis/policy.weft.dev/v1alpha1/authorizationpolicies"),
         );
         let pods = part(pods);
         let agents = agents::ask_all(cluster, namespace, pods.as_deref().unwrap_or_default()).await;
@@ -115,6 +117,7 @@ impl Installed {
             events: part(events),
             root: part(root),
             policies: part(policies),
+            authorization: part(authorization),
             agents,
         }
     }

@@ -69,10 +69,8 @@ impl Known {
                     self.policies.insert(name.clone(), policy);
                     concerned.insert(name);
                 }
-                Object::Service(_) => {
-                    if self.services.insert(name.clone()) {
-                        concerned.extend(self.targeting(&name));
-                    }
+                Object::Service(_) if self.services.insert(name.clone()) => {
+                    concerned.extend(self.targeting(&name));
                 }
                 _ => {}
             }

@@ -80,16 +80,9 @@ impl Rule {
 
     /// Who this rule can match, where it lists them: identities, and namespaces as [`namespace_of`] has them.
     fn callers(&self) -> Option<BTreeSet<&str>> {
-        let listed = |pattern| match pattern {
-            &Pattern::Exact(ref principal) => Some(&**principal),
-            &Pattern::Prefix(ref prefix) => {
-                Some(&**prefix).filter(|prefix| namespace_of(prefix) == Some(*prefix))
-            }
-            _ => None,
-        };
         self.0.iter().find_map(|clause| {
             let all = clause.iter().all(|m| !m.principals.0.is_empty());
-            let callers = clause.iter().flat_map(|m| &m.principals.0).map(listed).collect();
+            let callers = clause.iter().flat_map(|m| &m.principals.0).map(Pattern::caller).collect();
             if all { callers } else { None }
         })
     }
@@ -116,6 +109,15 @@ fn field<T>((one_of, none_of): &(Vec<T>, Vec<T>), matches: impl Fn(&T) -> bool) 
 }
 
 impl Pattern {
+    /// The identity, or the namespace as [`namespace_of`] has it, that this is about, if it is about one alone.
+    fn caller(&self) -> Option<&str> {
+        match self {
+            Self::Exact(principal) => Some(principal),
+            Self::Prefix(prefix) if namespace_of(prefix) == Some(prefix) => Some(prefix),
+            _ => None,
+        }
+    }
+
     fn matches(&self, principal: &str) -> bool {
         match self {
             Self::Exact(exact) => **exact == *principal,

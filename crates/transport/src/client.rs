@@ -12,6 +12,7 @@ use rustls::pki_types::{IpAddr, Ipv4Addr, ServerName};
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
+use std::time::SystemTime;
 use std::{io, net};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
@@ -89,13 +90,14 @@ impl ConnectRequest {
 
 pub(crate) type Driver = Flushed<Connection<TlsIo, Bytes>>;
 
-/// Makes a tunnel over a socket whose connect was started. The peer's identity is compared before HTTP/2 begins.
+/// Makes a tunnel over a socket whose connect was started. The peer's identity is compared before HTTP/2 begins. Says until
+/// when the peer's certificate is good, too.
 pub(crate) async fn establish(
     socket: net::TcpStream,
     key: &TunnelKey,
     tls: &TlsIdentity,
     limits: &Limits,
-) -> Result<(SendRequest<Bytes>, Driver), OpenError> {
+) -> Result<(SendRequest<Bytes>, Driver, SystemTime), OpenError> {
     let to = key.to;
     let dial = |e: io::Error| OpenError::Dial { to, source: Arc::new(e) };
     let late = |phase| move |_| OpenError::Timeout { to, phase };
@@ -115,13 +117,13 @@ async fn secure(
     key: &TunnelKey,
     tls: &TlsIdentity,
     limits: &Limits,
-) -> Result<(SendRequest<Bytes>, Driver), OpenError> {
+) -> Result<(SendRequest<Bytes>, Driver, SystemTime), OpenError> {
     // Never sent (no SNI) nor compared: the identity is what counts.
     let name = ServerName::IpAddress(IpAddr::V4(Ipv4Addr::from([0, 0, 0, 0])));
     let session = rustls::ClientConnection::new(tls.client.clone(), name)
         .map_err(|e| PeerRefused::Tls(e.to_string()))?;
     let io = TlsIo::handshake(tcp, session.into()).await?;
-    let actual = io.with_session(peer_of)?;
+    let (actual, good_until) = io.with_session(peer_of)?;
     if actual != key.expected {
         return Err(PeerRefused::WrongIdentity { expected: key.expected.clone(), actual }.into());
     }
@@ -138,5 +140,5 @@ async fn secure(
     );
     let (requests, work) =
         Flushed { io: io.clone(), work: handshake }.await.map_err(|e| OpenError::Http2(e.to_string()))?;
-    Ok((requests, Flushed { io, work }))
+    Ok((requests, Flushed { io, work }, good_until))
 }

@@ -6,12 +6,14 @@
 use crate::client::{self, ConnectRequest, OpenError};
 use crate::limits::Limits;
 use crate::stream::Stream;
+use crate::verify::expired;
 use crate::{REFUSAL_REASON, TlsIdentity};
 use bytes::Bytes;
 use h2::client::SendRequest;
 use std::cell::{Cell, RefCell};
 use std::collections::{HashMap, VecDeque};
 use std::net::{self, SocketAddr};
+use std::pin::pin;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
@@ -257,7 +259,7 @@ impl Pool {
             let result = Box::pin(client::establish(socket, &key, &tls, &limits)).await;
             drop((tls, limits));
             peer.handshakes.set(peer.handshakes.get() - 1);
-            let (requests, driver) = match result {
+            let (requests, driver, good_until) = match result {
                 Ok(made) => made,
                 Err(e) => {
                     tracing::debug!(to = %key.to, expected = %key.expected, reason = e.reason(), "no tunnel: {e}");
@@ -286,7 +288,15 @@ impl Pool {
                 tunnel.drain();
             }
             let io = driver.io.clone();
-            if let Err(e) = driver.await {
+            let mut driver = pin!(driver);
+            let ended = tokio::select! {
+                ended = &mut driver => ended,
+                () = expired(good_until) => {
+                    tunnel.drain();
+                    driver.await
+                }
+            };
+            if let Err(e) = ended {
                 // In TLS 1.3 a server refuses a caller's certificate only after the caller's handshake is over.
                 let e = io.refused().map_or_else(|| OpenError::Http2(e.to_string()), OpenError::Tls);
                 tracing::debug!(to = %key.to, expected = %key.expected, reason = e.reason(), "tunnel broke: {e}");

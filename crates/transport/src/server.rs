@@ -3,10 +3,10 @@
 use crate::limits::Limits;
 use crate::stream::{Stream, StreamError};
 use crate::tls_io::{Flushed, TlsIo};
-use crate::verify::{PeerRefused, peer_of};
+use crate::verify::{PeerRefused, expired, peer_of};
 use crate::{DESTINATION_UID, REFUSAL_REASON, TlsIdentity};
 use bytes::Bytes;
-use h2::RecvStream;
+use h2::{Reason, RecvStream};
 use h2::server::SendResponse;
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode};
 use std::future::{Future, poll_fn};
@@ -15,6 +15,7 @@ use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
 use std::task::Poll;
+use std::time::SystemTime;
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::time::timeout;
@@ -120,7 +121,8 @@ impl Incoming {
 
 /// Serves one accepted connection until the peer closes it. `handler` is called for each CONNECT, must not block, and
 /// spawns what takes time. When `drain` turns true (or its sender is dropped after that) the peer is told to open no more
-/// streams, and this returns when the open ones have ended. Dropping the future cuts the tunnel.
+/// streams, and this returns when the open ones have ended; so it is when its certificate expires, and none is accepted
+/// after that. Dropping the future cuts the tunnel.
 pub async fn serve(
     tcp: TcpStream,
     tls: Arc<TlsIdentity>,
@@ -133,7 +135,7 @@ pub async fn serve(
     let secure = async {
         let session = rustls::ServerConnection::new(tls.server.clone()).map_err(PeerRefused::from)?;
         let io = TlsIo::handshake(tcp, session.into()).await?;
-        let peer = io.with_session(peer_of)?;
+        let (peer, good_until) = io.with_session(peer_of)?;
         let mut builder = h2::server::Builder::new();
         builder
             .initial_window_size(limits.stream_window)
@@ -144,14 +146,19 @@ pub async fn serve(
             .max_concurrent_streams(limits.max_concurrent_streams);
         let handshake = builder.handshake::<_, Bytes>(io.clone());
         let connection = Flushed { io: io.clone(), work: handshake }.await?;
-        Ok::<_, ServeError>((io, peer, connection))
+        Ok::<_, ServeError>((io, peer, good_until, connection))
     };
     // A handshake's memory is given back when it is over.
     let secure = Box::pin(timeout(limits.handshake_timeout, secure));
-    let (io, peer, mut connection) = secure.await.map_err(|_| ServeError::Timeout)??;
+    let (io, peer, good_until, mut connection) = secure.await.map_err(|_| ServeError::Timeout)??;
     drop(tls);
 
-    let mut draining = pin!(drained(drain));
+    let mut draining = pin!(async {
+        tokio::select! {
+            () = drained(drain) => {}
+            () = expired(good_until) => {}
+        }
+    });
     let mut told = false;
     let chunks = limits.copy_chunk;
     poll_fn(|cx| {
@@ -161,6 +168,10 @@ pub async fn serve(
         }
         let result = loop {
             match connection.poll_accept(cx) {
+                // The caller looks at it as not seen (RFC 9113, 8.7), and comes by another tunnel.
+                Poll::Ready(Some(Ok((_, mut respond)))) if good_until <= SystemTime::now() => {
+                    respond.send_reset(Reason::REFUSED_STREAM);
+                }
                 Poll::Ready(Some(Ok((request, respond)))) => {
                     handler(incoming(request, respond, &peer, (peer_addr, local_addr), chunks));
                 }

@@ -13,6 +13,7 @@ use rustls::{
     RootCertStore, SignatureScheme,
 };
 use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 use weft_core::{SpiffeId, TrustDomain};
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
@@ -116,10 +117,19 @@ fn chain_error(e: Error) -> Error {
     }
 }
 
+fn unreadable(e: &dyn std::fmt::Display) -> PeerRefused {
+    PeerRefused::Tls(format!("the certificate cannot be read: {e}"))
+}
+
+/// When a certificate expires.
+fn expiry_of(certificate: &CertificateDer<'_>) -> Result<SystemTime, PeerRefused> {
+    let (_, parsed) = X509Certificate::from_der(certificate).map_err(|e| unreadable(&e))?;
+    let seconds = u64::try_from(parsed.validity().not_after.timestamp()).unwrap_or_default();
+    Ok(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds))
+}
+
 /// The one identity in a certificate.
 pub(crate) fn identity_of(certificate: &CertificateDer<'_>) -> Result<SpiffeId, PeerRefused> {
-    let unreadable =
-        |e: &dyn std::fmt::Display| PeerRefused::Tls(format!("the certificate cannot be read: {e}"));
     let (_, parsed) = X509Certificate::from_der(certificate).map_err(|e| unreadable(&e))?;
     let names = parsed.subject_alternative_name().map_err(|e| unreadable(&e))?;
     let uris: Vec<&str> = names
@@ -136,12 +146,18 @@ pub(crate) fn identity_of(certificate: &CertificateDer<'_>) -> Result<SpiffeId, 
     }
 }
 
-/// The identity a finished handshake proved.
-pub(crate) fn peer_of(tls: &rustls::CommonState) -> Result<SpiffeId, PeerRefused> {
+/// The identity a finished handshake proved, and until when its certificate is good.
+pub(crate) fn peer_of(tls: &rustls::CommonState) -> Result<(SpiffeId, SystemTime), PeerRefused> {
     if tls.alpn_protocol() != Some(b"h2") {
         return Err(PeerRefused::Alpn);
     }
-    identity_of(tls.peer_certificates().and_then(<[_]>::first).ok_or(PeerRefused::NoCertificate)?)
+    let certificate = tls.peer_certificates().and_then(<[_]>::first).ok_or(PeerRefused::NoCertificate)?;
+    Ok((identity_of(certificate)?, expiry_of(certificate)?))
+}
+
+/// Ends when a peer's certificate expires.
+pub(crate) async fn expired(at: SystemTime) {
+    tokio::time::sleep(at.duration_since(SystemTime::now()).unwrap_or_default()).await;
 }
 
 /// A client's check of the server: chain and one SPIFFE ID. Which one it must be depends on the destination and is

@@ -267,3 +267,64 @@ fn a_refused_connect_says_status_and_reason() {
         assert_eq!(pool.len(), 1, "the tunnel is fine");
     });
 }
+
+/// A certificate of two seconds, so that it expires while its tunnel is in use.
+fn short(uri: &'static str) -> Leaf {
+    Leaf { valid: (-60, 2), ..Leaf::of(uri) }
+}
+
+#[test]
+fn a_tunnel_takes_no_stream_when_its_certificate_has_expired() {
+    for (of_client, of_server) in [(short(CLIENT), Leaf::of(SERVER)), (Leaf::of(CLIENT), short(SERVER))] {
+        run(async move {
+            let ca = Ca::new();
+            let app = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let to_app = app.local_addr().unwrap();
+            let far = Far::start(ca.identity_of(&of_server, &[]), Limits::default()).await;
+            let client = ca.identity_of(&of_client, &[]);
+            let near = Near::start(client, Limits::default(), far.address, to_app).await;
+            let mut open = TcpStream::connect(near.address).await.unwrap();
+            let (mut server, _) = app.accept().await.unwrap();
+            server.write_u8(1).await.unwrap();
+            assert_eq!(open.read_u8().await.unwrap(), 1);
+            sleep(Duration::from_secs(3)).await;
+            // Another needs a handshake, in which the certificate is seen to have expired.
+            let mut late = TcpStream::connect(near.address).await.unwrap();
+            assert!(late.read_u8().await.is_err());
+            let reason = near.relay_ended().await;
+            assert!(["certificate_expired", "refused_by_peer"].contains(&reason), "{reason}");
+            // What was open before lives on.
+            server.write_u8(2).await.unwrap();
+            assert_eq!(open.read_u8().await.unwrap(), 2);
+        });
+    }
+}
+
+/// A caller that goes on with its tunnel is not served: here one without our pool.
+#[test]
+fn a_caller_whose_certificate_has_expired_is_told_to_come_anew() {
+    run(async {
+        let ca = Ca::new();
+        let app = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let far = Far::start(ca.identity(SERVER), Limits::default()).await;
+        let tcp = TcpStream::connect(far.address).await.unwrap();
+        let connector = raw_client(Some(ca.leaf(&short(CLIENT))), &["h2"], TLS13);
+        let tls = connector.connect("server.example".try_into().unwrap(), tcp).await.unwrap();
+        let (mut requests, connection) = h2::client::handshake(tls).await.unwrap();
+        spawn_local(async move { drop(connection.await) });
+        let ask = |requests: &mut h2::client::SendRequest<bytes::Bytes>| {
+            let uri = app.local_addr().unwrap().to_string();
+            let request = http::Request::builder().method("CONNECT").uri(uri).body(()).unwrap();
+            requests.send_request(request, false)
+        };
+        let (answer, _stream) = ask(&mut requests).unwrap();
+        assert_eq!(answer.await.unwrap().status(), 200);
+        sleep(Duration::from_secs(3)).await;
+        // Whether the GOAWAY has been read or not: there is no second stream.
+        let late = match ask(&mut requests) {
+            Ok((answer, _)) => answer.await.map(drop),
+            Err(error) => Err(error),
+        };
+        assert!(late.is_err());
+    });
+}
