@@ -291,8 +291,14 @@ fn granted(manifests: &[Value]) -> Result<BTreeSet<(String, String, String)>> {
                 .flat_map(|g| list(&rule["resources"]).into_iter().map(move |r| (g, r)))
             {
                 let group = if text(group).is_empty() { String::new() } else { format!(".{}", text(group)) };
+                let resource = text(&resource);
+                // As the audit log names it.
+                let resource = match resource.split_once('/') {
+                    Some((resource, part)) => format!("{resource}{group}/{part}"),
+                    None => format!("{resource}{group}"),
+                };
                 for verb in list(&rule["verbs"]) {
-                    granted.insert((user.clone(), text(&verb), format!("{}{group}", text(&resource))));
+                    granted.insert((user.clone(), text(&verb), resource.clone()));
                 }
             }
         }
