@@ -1,6 +1,12 @@
 //! The one owner of the store and of who is enrolled. Changes of objects and reports of agents come to it in one queue,
 //! and each is taken in, written down and published before the next: so there is one history of states, and every
 //! agent sees a prefix of it. Runs on a thread of its own, since translation computes and writing down waits for the disk.
+//!
+//! In a cluster there are several histories, one a replica, and agents change between them. So each state says what it
+//! holds of the cluster's ([`Builder::holds`]), and what this replica knows is told after what follows from it is published.
+//! A state is not published before this replica has read what it rests on: everything up to what it wrote itself of who is
+//! enrolled, and whatever another replica had read when it wrote that. Or two replicas could each publish a pod that the
+//! other one's agents do not know to be enrolled.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -9,14 +15,14 @@ use std::{
 };
 
 use tokio::sync::{mpsc, oneshot, watch};
-use weft_xds::Snapshot;
+use weft_xds::{Progress, Snapshot, VersionVector};
 
 use crate::{
     cluster::enrollment::Heard,
     enrollment::{Enrollment, Failures},
     metrics::{KindLabel, Metrics, NodeLabel},
     snapshot::Builder,
-    source::Delta,
+    source::{Delta, News},
     store::{Store, Touched},
     translate::{
         self, Identities, MeshSettings,
@@ -28,14 +34,17 @@ use crate::{
 /// own. All that comes within this time is taken in as one, so that agents are sent one message instead of three, and no
 /// more states than this allows however restless the cluster is.
 const GATHER: Duration = Duration::from_millis(20);
+/// Demands for more that wait to be looked at; they are put together then.
+const DEMANDS: usize = 64;
 
 /// What the controller takes in.
 #[derive(Debug)]
 pub enum Input {
+    /// From a directory.
     Objects(Delta),
+    /// From a cluster.
+    News(News),
     Report(Report),
-    /// Who is written down in the cluster as enrolled.
-    Enrollment(Heard),
 }
 
 /// What an agent says of the pods of its node.
@@ -47,15 +56,20 @@ pub struct Report {
     pub enrolled: BTreeSet<String>,
     /// Workload uid to what went wrong.
     pub failures: Failures,
-    /// Told when the report is written down and published, or why it is not.
+    /// Told when the report is written down, or why it is not. It is published then, or as soon as this replica has read
+    /// everything up to there.
     pub done: oneshot::Sender<Result<(), String>>,
 }
 
 /// What everybody else works on. None until the first state is there.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct Published {
     pub snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
     pub identities: watch::Receiver<Option<Arc<Identities>>>,
+    /// How far the published state has got, for whoever has seen more.
+    pub progress: Progress,
+    /// What others have seen and this replica has not.
+    pub wanted: mpsc::Receiver<VersionVector>,
 }
 
 pub struct Controller {
@@ -69,6 +83,15 @@ pub struct Controller {
     uncaptured: Option<&'static str>,
     /// Nodes of which failures were heard that are not compared with the objects yet.
     heard_of: BTreeSet<String>,
+    /// What has been read of the cluster, and what has to be before anything else is published.
+    read: VersionVector,
+    needed: VersionVector,
+    /// Of these kinds a list has not shown as much as was needed then.
+    doubted: BTreeMap<&'static str, u64>,
+    /// Something is to be published that could not be.
+    held_back: bool,
+    known: watch::Sender<VersionVector>,
+    wanted: mpsc::Sender<VersionVector>,
     snapshots: watch::Sender<Option<Arc<Snapshot>>>,
     identities: watch::Sender<Option<Arc<Identities>>>,
     metrics: Metrics,
@@ -78,6 +101,8 @@ impl Controller {
     pub fn new(settings: MeshSettings, enrollment: Enrollment, metrics: Metrics) -> (Self, Published) {
         let (snapshots, snapshots_receiver) = watch::channel(None);
         let (identities, identities_receiver) = watch::channel(None);
+        let (known, known_receiver) = watch::channel(VersionVector::default());
+        let (wanted, wanted_receiver) = mpsc::channel(DEMANDS);
         let controller = Self {
             store: Store::default(),
             translator: Translator::new(settings),
@@ -86,11 +111,23 @@ impl Controller {
             problems: BTreeMap::new(),
             uncaptured: None,
             heard_of: BTreeSet::new(),
+            read: VersionVector::default(),
+            needed: VersionVector::default(),
+            doubted: BTreeMap::new(),
+            held_back: false,
+            known,
+            wanted: wanted.clone(),
             snapshots,
             identities,
             metrics,
         };
-        (controller, Published { snapshots: snapshots_receiver, identities: identities_receiver })
+        let published = Published {
+            snapshots: snapshots_receiver,
+            identities: identities_receiver,
+            progress: Progress::new(known_receiver, wanted),
+            wanted: wanted_receiver,
+        };
+        (controller, published)
     }
 
     /// Whether pods are enrolled from an earlier run.
@@ -112,6 +149,7 @@ impl Controller {
             }
             // After the objects that came with them, so that what each of them says is about pods that are known.
             reports.into_iter().for_each(|report| self.report(report));
+            self.catch_up();
         }
     }
 
@@ -120,12 +158,55 @@ impl Controller {
         match input {
             Input::Objects(delta) => {
                 self.store.apply(delta);
-                return true;
+                true
             }
-            Input::Report(report) => reports.push(report),
-            Input::Enrollment(heard) => self.heard(&heard),
+            Input::News(news) => self.news(news),
+            Input::Report(report) => {
+                reports.push(report);
+                false
+            }
         }
-        false
+    }
+
+    /// Takes in what a cluster has told. Returns whether it was of objects.
+    fn news(&mut self, News { heard, delta, known, content, newest }: News) -> bool {
+        self.enrollment.decides_by(content.only(&translate::deciding()));
+        self.builder.holds(content);
+        self.read = known;
+        for heard in &heard {
+            // Of other kinds a version of Weft may have written that reads more than this one, which would wait for ever.
+            self.needed.merge(&heard.seen().only(&translate::deciding()));
+            self.heard(heard);
+        }
+        if let Some((kind, version)) = newest {
+            self.disprove(kind, version);
+        }
+        let of_objects = !delta.is_empty();
+        self.store.apply(delta);
+        of_objects
+    }
+
+    /// A list has shown that a kind is not newer than this. Whoever wrote that it had read more did so in another history;
+    /// but not before another list says so, too, since this one may have begun before that was written.
+    fn disprove(&mut self, kind: &'static str, newest: u64) {
+        let Some(needed) = self.needed.get(kind).filter(|needed| *needed > newest) else { return };
+        if self.doubted.insert(kind, needed) == Some(needed) {
+            self.needed.lower(kind, newest);
+        }
+    }
+
+    /// Publishes what was held back, if this replica has read enough by now, and says how far it is then.
+    fn catch_up(&mut self) {
+        if self.held_back {
+            self.release();
+        }
+        if !self.held_back && self.is_started() {
+            self.known.send_if_modified(|known| {
+                let differs = *known != self.read;
+                known.clone_from(&self.read);
+                differs
+            });
+        }
     }
 
     /// What comes next. While it is not there yet, there is time for what can be done late.
@@ -147,6 +228,7 @@ impl Controller {
         let is_wanted = |node: &str, uid: &str| translate::is_wanted(store, settings, node, uid);
         let is_there = |node: &str| store.nodes.contains_key(node);
         let more = self.enrollment.tidy(self.translator.desired(), is_wanted, is_there);
+        self.needed.merge(&self.enrollment.written_at());
         self.count_failures();
         self.enrolled();
         more
@@ -224,6 +306,7 @@ impl Controller {
         self.say_failures(node, &failures);
         let desired = self.translator.desired();
         self.enrollment.report(node, enrolled, failures, desired).map_err(|error| error.to_string())?;
+        self.needed.merge(&self.enrollment.written_at());
         self.count_failures();
         self.enrolled();
         match self.too_early(node, enrolled) {
@@ -275,17 +358,27 @@ impl Controller {
         let changed = self.enrollment.take_changed();
         let enrolled = self.enrollment.enrolled();
         let mut changes = self.translator.translate(&self.store, touched, enrolled, &changed);
-        let enrolled = enrolled.len();
-        self.metrics.pods_enrolled.set(enrolled as i64);
+        self.metrics.pods_enrolled.set(enrolled.len() as i64);
         self.note_problems(&mut changes);
         self.builder.apply(changes);
+        tracing::trace!(target: "controller", took = ?started.elapsed(), "translated a change");
+        self.held_back = true;
+        self.release();
+    }
+
+    /// Publishes the state as it is now, if it may be.
+    fn release(&mut self) {
+        if !self.read.covers(&self.needed) {
+            let _ = self.wanted.try_send(self.needed.clone());
+            return;
+        }
         if self.uncaptured.is_some() {
             return;
         }
+        self.held_back = false;
         if let Some(snapshot) = self.builder.build() {
             tracing::debug!(
-                target: "controller",
-                version = snapshot.version, took = ?started.elapsed(), enrolled, "published a state"
+                target: "controller", version = snapshot.version, seen = %snapshot.seen, "published a state"
             );
             self.metrics.snapshots.inc();
             self.snapshots.send_replace(Some(Arc::new(snapshot)));

@@ -16,9 +16,10 @@ use weft_proto::{
         node_service_server::{NodeService, NodeServiceServer},
     },
 };
+use weft_xds::Progress;
 
 use crate::{
-    auth::Authenticator,
+    auth::{Authenticator, Caller},
     ca::Authority,
     controller::{Input, Report},
     tls::Incoming,
@@ -37,11 +38,13 @@ pub async fn serve(
     xds: weft_xds::Service,
     authenticator: Authenticator,
     authority: Authority,
+    progress: Progress,
     inputs: mpsc::Sender<Input>,
     shutdown: impl Future<Output = ()>,
 ) -> Result<(), tonic::transport::Error> {
-    let ca = Ca { authenticator: authenticator.clone(), authority: Arc::new(authority) };
-    let node = Node { authenticator, inputs };
+    let (authority, known) = (Arc::new(authority), progress.clone());
+    let ca = Ca { authenticator: authenticator.clone(), progress: known, authority };
+    let node = Node { authenticator, progress, inputs };
     let (stop, stopped) = oneshot::channel::<()>();
     let server = weft_xds::with_keepalive(Server::builder())
         .add_service(xds)
@@ -58,11 +61,13 @@ pub async fn serve(
 
 struct Ca {
     authenticator: Authenticator,
+    progress: Progress,
     authority: Arc<Authority>,
 }
 
 #[tonic::async_trait]
 impl IstioCertificateService for Ca {
+    /// Which pods are on an agent's node a replica that has seen less than the agent does not know.
     async fn create_certificate(
         &self,
         request: Request<IstioCertificateRequest>,
@@ -72,6 +77,9 @@ impl IstioCertificateService for Ca {
             .caller(request.metadata())
             .await
             .inspect_err(|refused| self.authority.refused_caller(refused.reason()))?;
+        if let Caller::Node(_) = caller {
+            self.progress.reach(request.metadata()).await?;
+        }
         let request = request.into_inner();
         let asked = request.metadata.as_ref().and_then(|metadata| metadata.fields.get(IMPERSONATED_IDENTITY));
         let asked = match asked.map(|value| value.kind.as_ref()) {
@@ -89,17 +97,20 @@ impl IstioCertificateService for Ca {
 
 struct Node {
     authenticator: Authenticator,
+    progress: Progress,
     inputs: mpsc::Sender<Input>,
 }
 
 #[tonic::async_trait]
 impl NodeService for Node {
-    /// Answers when the report is written down and what follows from it is published.
+    /// Answers when the report is written down. A replica that has seen less than the agent might take the pods for others
+    /// of their name.
     async fn report_enrollment(
         &self,
         request: Request<EnrollmentReport>,
     ) -> Result<Response<EnrollmentAck>, Status> {
         let node = self.authenticator.node(request.metadata()).await?;
+        self.progress.reach(request.metadata()).await?;
         let EnrollmentReport { enrolled_uids, failures } = request.into_inner();
         let (done, result) = oneshot::channel();
         let report = Report {

@@ -67,7 +67,7 @@ fn print_token(args: &TokenArgs) -> anyhow::Result<()> {
 
 fn serve(config: Config) -> anyhow::Result<()> {
     // The client's own complaints are repeated here in our words; --log kube_client=warn brings them back.
-    let filter = EnvFilter::try_new(format!("kube_client=off,kube_runtime=off,{}", config.log))
+    let filter = EnvFilter::try_new(format!("kube_client=off,{}", config.log))
         .with_context(|| format!("--log {:?}", config.log))?;
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
     tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(async {

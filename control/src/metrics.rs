@@ -167,6 +167,11 @@ impl Collector for XdsStats {
             ("xds_responses", "xDS responses sent", stats.responses()),
             ("xds_acks", "xDS responses accepted by their client", stats.acks()),
             ("xds_nacks", "xDS responses rejected by their client", stats.nacks()),
+            (
+                "xds_behind",
+                "xDS streams sent away since their node had seen more than this replica",
+                stats.behind(),
+            ),
         ] {
             let counter = ConstCounter::new(value);
             counter.encode(encoder.encode_descriptor(name, help, None, counter.metric_type())?)?;

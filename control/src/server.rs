@@ -8,7 +8,7 @@ use tokio::{
     net::TcpListener,
     sync::{mpsc, watch},
 };
-use weft_xds::Snapshot;
+use weft_xds::{Progress, Snapshot, VersionVector};
 
 use crate::{
     auth::{Authenticator, join::TokenKey, review::Reviewer},
@@ -36,6 +36,7 @@ pub struct Server {
     xds: weft_xds::Server,
     authenticator: Authenticator,
     authority: Authority,
+    progress: Progress,
     inputs: mpsc::Sender<Input>,
     metrics: Metrics,
     candidate: Option<Candidate>,
@@ -73,23 +74,25 @@ impl Server {
         };
         let Parts { root, authenticator, controller, published, watching, lock } = parts;
         let identity = ServerIdentity::new(root.clone())?;
-        let snapshots = published.snapshots.clone();
-        let xds = weft_xds::Server::new(published.snapshots, authenticate(authenticator.clone()));
+        let Published { snapshots, identities, progress, wanted } = published;
+        let authenticate = authenticate(authenticator.clone());
+        let xds = weft_xds::Server::new(snapshots.clone(), progress.clone(), authenticate);
         let trust_domain = config.mesh.trust_domain.clone();
-        let authority = Authority::new(root, trust_domain, published.identities, metrics.clone());
+        let authority = Authority::new(root, trust_domain, identities, metrics.clone());
 
         let listener = http::bind(config.listen, "agents").await?;
         serve_metrics(config.metrics_listen, &metrics, &xds).await?;
         serve_readiness(config.ready_listen, &metrics).await?;
         let (inputs, queue) = mpsc::channel(QUEUE);
         std::thread::Builder::new().name("controller".to_owned()).spawn(move || controller.run(queue))?;
-        let candidate = watching.start(config.mesh, inputs.clone(), metrics.clone(), snapshots)?;
+        let candidate = watching.start(config.mesh, inputs.clone(), wanted, metrics.clone(), snapshots)?;
         Ok(Self {
             listener,
             identity,
             xds,
             authenticator,
             authority,
+            progress,
             inputs,
             metrics,
             candidate,
@@ -108,7 +111,7 @@ impl Server {
                 candidate.resign().await;
             }
         };
-        grpc::serve(incoming, xds, self.authenticator, self.authority, self.inputs, shutdown)
+        grpc::serve(incoming, xds, self.authenticator, self.authority, self.progress, self.inputs, shutdown)
             .await
             .context("serving agents")
     }
@@ -173,6 +176,7 @@ impl Watching {
         self,
         settings: MeshSettings,
         inputs: mpsc::Sender<Input>,
+        wanted: mpsc::Receiver<VersionVector>,
         metrics: Metrics,
         mut snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
     ) -> anyhow::Result<Option<Candidate>> {
@@ -184,7 +188,7 @@ impl Watching {
                 let (statuses, queue) = mpsc::channel(QUEUE);
                 let enabled = settings.enabled;
                 tokio::spawn(status::run(client.clone(), settings, queue, leads, metrics.clone()));
-                tokio::spawn(kubernetes::run(client, enabled, inputs, statuses, metrics));
+                tokio::spawn(kubernetes::run(client, enabled, inputs, statuses, wanted, metrics));
                 Ok(Some(candidate))
             }
             Self::Directory(directory) => {

@@ -8,7 +8,7 @@ use weft_proto::{
     MESH_CONFIG_NAME, type_url,
     workload::{Address, PortList, Workload, address},
 };
-use weft_xds::{Resources, Snapshot, resource};
+use weft_xds::{Resources, Snapshot, VersionVector, resource};
 
 use crate::translate::incremental::Changes;
 
@@ -51,6 +51,11 @@ impl Builder {
                 per_node.insert(node, types);
             }
         }
+    }
+
+    /// Nothing that is taken in from now on holds more of the source than this.
+    pub fn holds(&mut self, content: VersionVector) {
+        self.snapshot.seen = content;
     }
 
     /// The next snapshot; None if nothing in it would differ from the last one.

@@ -81,6 +81,7 @@ impl Mesh {
             ca_pem: fs::read(self.state().join("root.pem")).unwrap(),
             server_name: "weft-control".to_owned(),
             token: TokenSource::file(path),
+            seen: None,
         }
     }
 }

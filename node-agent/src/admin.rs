@@ -1,4 +1,4 @@
-//! The agent's admin socket, asked from the command line: `weft-agent ready`, `status` and `retire`.
+//! The agent's admin socket, asked from the command line: `weft-agent ready`, `status`, `retire` and `forget-versions`.
 
 use std::{
     io::{Read, Write},
@@ -51,6 +51,11 @@ pub fn retire(socket: &Path) -> anyhow::Result<()> {
             _ => bail!("the CNI plugin is still being taken out"),
         }
     }
+}
+
+/// Has the agent forget how far it has seen the controller's states.
+pub fn forget_versions(socket: &Path) -> anyhow::Result<()> {
+    ask(connect(socket)?, "POST", "/forget-versions").map(drop)
 }
 
 fn connect(socket: &Path) -> anyhow::Result<UnixStream> {

@@ -1,6 +1,11 @@
-//! The calls an agent makes of the controller beside the xDS stream, all over one channel with the join token.
+//! The calls an agent makes of the controller beside the xDS stream, all over one connection with the join token. After one
+//! that failed it is another connection, which may lead to another replica.
 
-use std::{path::Path, time::Duration};
+use std::{
+    path::Path,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use anyhow::Context;
 use tonic::{Request, Status};
@@ -13,7 +18,7 @@ use weft_proto::{
 };
 use weft_xds::{AuthenticatedChannel, ControlEndpoint, TokenSource};
 
-use crate::config::Config;
+use crate::{config::Config, seen::Seen};
 
 /// A call that takes longer counts as failed and is tried again.
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
@@ -23,17 +28,26 @@ const SERVER_NAME: &str = "weft-control";
 /// Cheap to clone.
 #[derive(Clone)]
 pub struct Controller {
-    ca: IstioCertificateServiceClient<AuthenticatedChannel>,
-    node: NodeServiceClient<AuthenticatedChannel>,
+    endpoint: ControlEndpoint,
+    channel: Arc<Mutex<AuthenticatedChannel>>,
 }
 
 impl Controller {
     pub fn new(endpoint: &ControlEndpoint) -> anyhow::Result<Self> {
-        let channel = weft_xds::channel(endpoint)?;
-        Ok(Self {
-            ca: IstioCertificateServiceClient::new(channel.clone()),
-            node: NodeServiceClient::new(channel),
-        })
+        let channel = Arc::new(Mutex::new(weft_xds::channel(endpoint)?));
+        Ok(Self { endpoint: endpoint.clone(), channel })
+    }
+
+    fn channel(&self) -> AuthenticatedChannel {
+        self.channel.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// What a call came to; its connection is not used again if it failed.
+    fn outcome<T>(&self, outcome: Result<T, Status>) -> Result<T, Status> {
+        if let (Err(_), Ok(channel)) = (&outcome, weft_xds::channel(&self.endpoint)) {
+            *self.channel.lock().unwrap_or_else(PoisonError::into_inner) = channel;
+        }
+        outcome
     }
 
     pub async fn create_certificate(
@@ -42,24 +56,26 @@ impl Controller {
     ) -> Result<IstioCertificateResponse, Status> {
         let mut request = Request::new(request);
         request.set_timeout(CALL_TIMEOUT);
-        Ok(self.ca.clone().create_certificate(request).await?.into_inner())
+        let mut ca = IstioCertificateServiceClient::new(self.channel());
+        Ok(self.outcome(ca.create_certificate(request).await)?.into_inner())
     }
 
     pub async fn report_enrollment(&self, report: EnrollmentReport) -> Result<(), Status> {
         let mut request = Request::new(report);
         request.set_timeout(CALL_TIMEOUT);
-        self.node.clone().report_enrollment(request).await?;
+        self.outcome(NodeServiceClient::new(self.channel()).report_enrollment(request).await)?;
         Ok(())
     }
 }
 
-/// Where the controller is, from the settings.
-pub fn endpoint(config: &Config) -> anyhow::Result<ControlEndpoint> {
+/// Where the controller is, from the settings. It is told what this node has `seen`.
+pub fn endpoint(config: &Config, seen: &Seen) -> anyhow::Result<ControlEndpoint> {
     let read = |path: &Path| std::fs::read(path).with_context(|| format!("reading {}", path.display()));
     Ok(ControlEndpoint {
         address: config.control.clone(),
         ca_pem: read(&config.control_ca)?,
         server_name: SERVER_NAME.to_owned(),
         token: TokenSource::file(config.token_file.clone()),
+        seen: Some(seen.subscribe()),
     })
 }

@@ -27,7 +27,9 @@ use tokio::{
 use tracing::{info, warn};
 use weft_api::agent::{AgentStatus, CertificateStatus, KubeletStatus, PluginStatus};
 
-use crate::{enroll::Enrollment, identities::Identities, logging, metrics::Metrics, state::Snapshot};
+use crate::{
+    enroll::Enrollment, identities::Identities, logging, metrics::Metrics, seen::Seen, state::Snapshot,
+};
 
 /// A client that sends its request slower than this is cut off.
 const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
@@ -40,6 +42,8 @@ pub struct Views {
     pub enrollment: watch::Receiver<Enrollment>,
     pub identities: Identities,
     pub connected: watch::Receiver<bool>,
+    pub trouble: watch::Receiver<String>,
+    pub seen: Arc<Seen>,
     pub plugin: watch::Receiver<PluginStatus>,
     pub kubelet: watch::Receiver<KubeletStatus>,
     pub node: String,
@@ -119,6 +123,8 @@ impl Views {
             node: self.node.clone(),
             time: since_epoch(SystemTime::now()).as_secs_f64(),
             connected: *self.connected.borrow(),
+            trouble: self.trouble.borrow().clone(),
+            seen: self.seen.current().to_string(),
             waiting: self.waiting().map(str::to_owned),
             plugin: self.plugin.borrow().clone(),
             kubelet: self.kubelet.borrow().clone(),
@@ -148,8 +154,12 @@ impl Views {
                 text(StatusCode::OK, "draining\n")
             }
             (&Method::POST, "/retire") => self.retire(),
+            (&Method::POST, "/forget-versions") => match self.seen.forget() {
+                Ok(()) => text(StatusCode::OK, "forgotten\n"),
+                Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error:#}\n")),
+            },
             _ => not_found(
-                "GET /config_dump, GET /status, GET /readyz, GET or PUT /logging?level=FILTER, POST /drain, POST /retire",
+                "GET /config_dump, GET /status, GET /readyz, GET or PUT /logging?level=FILTER, POST /drain, POST /retire, POST /forget-versions",
             ),
         }
     }

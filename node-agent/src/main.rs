@@ -22,6 +22,7 @@ mod outbound;
 mod place;
 mod pod;
 mod prepare;
+mod seen;
 mod state;
 mod succession;
 mod worker;
@@ -46,6 +47,7 @@ use crate::{
     controller::Controller,
     enroll::{Enroller, Enrollment},
     metrics::Metrics,
+    seen::Seen,
     state::Snapshot,
     worker::{Shared, Workers},
 };
@@ -82,6 +84,9 @@ enum Command {
     /// Take the CNI plugin out of this node's network configuration, and have the kernel's part removed when the agent
     /// stops. For an uninstallation, once no pod of the node is in the mesh; refused before
     Retire(Admin),
+    /// Let this node believe the controller again although its state is older than what the node has seen. For after a
+    /// cluster's store was restored from a back-up
+    ForgetVersions(Admin),
     /// Take every pod of this node out of the mesh at once: removes the pinned kernel programs and maps. For a node
     /// whose agent is gone for good; new connections are plain TCP from then on
     BreakGlass(KernelFlags),
@@ -129,6 +134,7 @@ fn main() -> ExitCode {
         Some(Command::Ready(admin)) => admin::ready(&admin.admin_socket),
         Some(Command::Status(admin)) => admin::status(&admin.admin_socket),
         Some(Command::Retire(admin)) => admin::retire(&admin.admin_socket),
+        Some(Command::ForgetVersions(admin)) => admin::forget_versions(&admin.admin_socket),
         Some(Command::BreakGlass(flags)) => Kernel::break_glass(&flags.options()).map_err(Into::into),
         None => run(cli.settings),
     };
@@ -181,11 +187,13 @@ fn raise_descriptor_limit() {
 
 async fn serve(config: Arc<Config>, kernel: Arc<Kernel>, options: Options) -> anyhow::Result<()> {
     let metrics = Arc::new(Metrics::new(kernel.clone()));
-    let endpoint = controller::endpoint(&config)?;
+    let seen = Arc::new(Seen::open(config.admin_socket.with_extension("seen"))?);
+    let endpoint = controller::endpoint(&config, &seen)?;
     let controller = Controller::new(&endpoint)?;
 
     let (update_tx, update_rx) = mpsc::channel(1);
     let (connected_tx, connected) = watch::channel(false);
+    let (trouble_tx, trouble) = watch::channel(String::new());
     let (snapshot_tx, snapshots) = watch::channel(Arc::new(Snapshot::default()));
     let (identity_tx, wanted) = watch::channel(BTreeSet::new());
     let (report_tx, reports) = watch::channel(EnrollmentReport::default());
@@ -201,7 +209,7 @@ async fn serve(config: Arc<Config>, kernel: Arc<Kernel>, options: Options) -> an
         limits: Limits::default(),
         draining: draining.clone(),
     })?;
-    tokio::spawn(state::run(kernel.clone(), metrics.clone(), update_rx, snapshot_tx));
+    tokio::spawn(state::run(kernel.clone(), metrics.clone(), seen.clone(), update_rx, snapshot_tx));
     let (asked_tx, asked) = mpsc::channel(16);
     if let Some(socket) = &config.cni_socket {
         cni::serve(socket, asked_tx)?;
@@ -234,6 +242,7 @@ async fn serve(config: Arc<Config>, kernel: Arc<Kernel>, options: Options) -> an
         node: config.node.clone(),
         types: state::TYPES.to_vec(),
         backoff: weft_xds::Backoff::default(),
+        trouble: trouble_tx,
     };
     let mut xds = tokio::spawn(weft_xds::run(xds, update_tx, connected_tx));
     let views = http::Views {
@@ -242,6 +251,8 @@ async fn serve(config: Arc<Config>, kernel: Arc<Kernel>, options: Options) -> an
         enrollment: enrollment.clone(),
         identities,
         connected,
+        trouble,
+        seen: seen.clone(),
         plugin,
         kubelet,
         node: config.node.clone(),
@@ -266,6 +277,7 @@ async fn serve(config: Arc<Config>, kernel: Arc<Kernel>, options: Options) -> an
     }
     if *retiring.borrow() {
         Kernel::break_glass(&options).context("removing the kernel's part")?;
+        seen.forget()?;
         info!("retired: nothing of the mesh is left on this node");
     }
     Ok(())

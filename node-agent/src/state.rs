@@ -1,11 +1,12 @@
-//! Takes in the controller's news. For every delta, in this order: the kernel's maps, then the snapshot that workers
-//! read, then the acknowledgement. So whoever sees a pod published knows that this node's kernel already refuses
-//! plaintext from it.
+//! Takes in the controller's news. For every delta, in this order: how far it is gets written down ([`crate::seen`]), then
+//! the kernel's maps, then the snapshot that workers read, then the acknowledgement. So whoever sees a pod published knows
+//! that this node's kernel already refuses plaintext from it.
 
 use std::{
     collections::{BTreeMap, HashMap, HashSet},
     net::IpAddr,
     sync::Arc,
+    time::Duration,
 };
 
 use tokio::sync::{mpsc, watch};
@@ -19,6 +20,7 @@ use crate::{
     authorization::{self, Guarded, Guards},
     convert::{self, ConvertError, LocalPod, MeshSettings},
     metrics::Metrics,
+    seen::Seen,
 };
 
 /// What the controller said, as of the newest delta.
@@ -62,10 +64,14 @@ pub const TYPES: [&str; 5] = [
     type_url::LOCAL_WORKLOAD,
 ];
 
+/// Before writing is tried again.
+const RETRY: Duration = Duration::from_secs(1);
+
 /// Runs until the channel closes. `publish` holds what workers read.
 pub async fn run(
     kernel: Arc<Kernel>,
     metrics: Arc<Metrics>,
+    seen: Arc<Seen>,
     mut updates: mpsc::Receiver<Update>,
     publish: watch::Sender<Arc<Snapshot>>,
 ) {
@@ -76,6 +82,14 @@ pub async fn run(
         current: Snapshot::default(),
     };
     while let Some(update) = updates.recv().await {
+        // Without this a successor might be given an older state and believe it.
+        while let Err(error) = seen.raise(&update.seen) {
+            warn!(
+                error = format!("{error:#}"),
+                "news from the controller wait until it is written down how far they are"
+            );
+            tokio::time::sleep(RETRY).await;
+        }
         match applier.apply(&update) {
             Ok(()) => {
                 if applier.current.synced && !publish.borrow().synced {

@@ -33,6 +33,10 @@ struct Gates {
     hold_news: bool,
     hold_reports: bool,
     refuse: bool,
+    /// New connections go to the first controller that answers, not to each in turn.
+    in_order: bool,
+    /// Connections up to this number are held, both ways.
+    hold_old: u64,
     next: u64,
     connections: HashMap<u64, (TcpStream, TcpStream)>,
 }
@@ -50,12 +54,15 @@ impl Shared {
         self.gates.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// Writes `bytes` once the gate of `direction` is open. The lock is kept while writing: when `hold` has returned,
-    /// nothing passes any more.
-    fn pass(&self, direction: Direction, to: &mut TcpStream, bytes: &[u8]) -> std::io::Result<()> {
-        let shut = |gates: &mut Gates| match direction {
-            Direction::News => gates.hold_news,
-            Direction::Reports => gates.hold_reports,
+    /// Writes `bytes` of connection `id` once the gate of `direction` is open. The lock is kept while writing: when `hold`
+    /// has returned, nothing passes any more.
+    fn pass(&self, id: u64, direction: Direction, to: &mut TcpStream, bytes: &[u8]) -> std::io::Result<()> {
+        let shut = |gates: &mut Gates| {
+            let held = match direction {
+                Direction::News => gates.hold_news,
+                Direction::Reports => gates.hold_reports,
+            };
+            held || id <= gates.hold_old
         };
         let _open =
             self.opened.wait_while(self.gates(), shut).unwrap_or_else(|poisoned| poisoned.into_inner());
@@ -79,13 +86,14 @@ impl Relay {
         };
         let (shared, node, controllers) = (relay.shared.clone(), node.clone(), controllers.to_vec());
         std::thread::spawn(move || {
-            let mut first = 0;
+            let mut next = 0;
             while let Ok((agent, _)) = listener.accept() {
+                let first = if shared.gates().in_order { 0 } else { next };
                 let answering = (0..controllers.len()).find_map(|tried| {
                     let dial = Dial::to(controllers[(first + tried) % controllers.len()]);
                     node.run(|| dial.timeout(Duration::from_secs(2)).connect()).ok()?.ok()
                 });
-                first += 1;
+                next += 1;
                 // With the controller away the agent's connection just ends, as it would without a relay.
                 if let Some(controller) = answering {
                     let _ = splice(&shared, agent, controller);
@@ -100,11 +108,22 @@ impl Relay {
         self.address
     }
 
+    /// From now on connects to the first controller as long as that answers.
+    pub fn prefer_first(&self) {
+        self.shared.gates().in_order = true;
+    }
+
     /// Holds both directions.
     pub fn hold(&self) {
         let mut gates = self.shared.gates();
         gates.hold_news = true;
         gates.hold_reports = true;
+    }
+
+    /// Holds the connections that are open now, both ways; new ones are not.
+    pub fn hold_open(&self) {
+        let mut gates = self.shared.gates();
+        gates.hold_old = gates.next;
     }
 
     /// Holds what the agent sends, so that it hears but is not heard.
@@ -124,6 +143,7 @@ impl Relay {
         gates.hold_news = false;
         gates.hold_reports = false;
         gates.refuse = false;
+        gates.hold_old = 0;
         self.shared.opened.notify_all();
     }
 
@@ -172,7 +192,7 @@ fn splice(shared: &Arc<Shared>, agent: TcpStream, controller: TcpStream) -> std:
         std::thread::spawn(move || {
             let mut buffer = [0u8; 16 << 10];
             while let Ok(length) = from.read(&mut buffer) {
-                if length == 0 || shared.pass(direction, &mut to, &buffer[..length]).is_err() {
+                if length == 0 || shared.pass(id, direction, &mut to, &buffer[..length]).is_err() {
                     break;
                 }
             }

@@ -16,8 +16,8 @@ use tonic::transport::{Identity, Server, ServerTlsConfig};
 use tonic::{Status, metadata::MetadataMap};
 use weft_proto::type_url;
 use weft_xds::{
-    Authenticate, Backoff, ClientConfig, ControlEndpoint, Resources, Snapshot, TokenSource, resource,
-    with_keepalive,
+    Authenticate, Backoff, ClientConfig, ControlEndpoint, Progress, Resources, Snapshot, TokenSource,
+    VersionVector, resource, with_keepalive,
 };
 
 use crate::agent::Agent;
@@ -60,7 +60,10 @@ impl StandIn {
         }
         let identity = identity(controller)?;
         let (snapshots, receiver) = watch::channel(None);
-        let xds = weft_xds::Server::new(receiver, authenticate(tokens)).into_service();
+        // A directory's states have no versions of a cluster's objects, so nobody has seen more than this.
+        let (_, known) = watch::channel(VersionVector::default());
+        let progress = Progress::new(known, mpsc::channel(1).0);
+        let xds = weft_xds::Server::new(receiver, progress, authenticate(tokens)).into_service();
         let runtime = runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build()?;
         let router = {
             let _runtime = runtime.enter();
@@ -104,10 +107,12 @@ fn observe(controller: &Controller, agent: &Agent) -> Result<HashMap<&'static st
             ca_pem: std::fs::read(controller.state_dir().join("root.pem")).context("the root")?,
             server_name: SERVER_NAME.to_owned(),
             token: TokenSource::file(agent.token_file()),
+            seen: None,
         },
         node: agent.node().to_owned(),
         types: TYPES.to_vec(),
         backoff: Backoff::default(),
+        trouble: watch::Sender::new(String::new()),
     };
     // On that one thread, since that is what enters the network namespace.
     controller.place().netns().run(|| {

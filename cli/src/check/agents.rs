@@ -42,10 +42,15 @@ pub fn checks(view: &View, installed: &Installed) -> Vec<Check> {
             Outcome::Error,
             "the agents are connected to the controller",
             each(&|answer| {
-                (!answer.status.connected)
-                    .then(|| "not connected; it goes on with what it last knew".to_owned())
+                let why = answer.status.trouble.trim();
+                (!answer.status.connected).then(|| match why {
+                    "" => "not connected; it goes on with what it last knew".to_owned(),
+                    why => format!("not connected; it goes on with what it last knew: {why}"),
+                })
             }),
-            logs.clone(),
+            format!(
+                "{logs}\nwhere replicas stay behind what nodes have seen: docs/operate.md, After a restored back-up"
+            ),
         ),
         Check::of(
             Outcome::Error,

@@ -18,6 +18,8 @@ use weft_api::{
     node_enrollment::{EnrolledPod, FailedPod, NodeEnrollmentStatus},
 };
 
+use weft_xds::{NotAVector, VersionVector};
+
 use super::{ClusterError, bounded, code};
 use crate::enrollment::{Failures, Place, Places};
 
@@ -28,12 +30,20 @@ const ATTEMPTS: usize = 5;
 pub const REMEDY: &str = "the API server has no such kind; `weft install | kubectl apply -f -` or the Helm chart \
      installs its definition";
 
+/// How the kind is called to people, and in what was read of the cluster.
+pub const ENROLLMENT: &str = "nodeenrollments.mesh.weft.dev";
+/// What the writer of a NodeEnrollment had read of the objects that it follows from. A replica that has read less takes
+/// the pods in it for others.
+const SEEN: &str = "mesh.weft.dev/seen";
+
 /// What a node's NodeEnrollment holds.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Record {
     pub version: String,
     pub places: Places,
     pub failures: Failures,
+    /// What whoever wrote it had read.
+    pub seen: VersionVector,
 }
 
 impl Record {
@@ -49,6 +59,13 @@ pub struct Heard {
     pub record: Option<Record>,
 }
 
+impl Heard {
+    /// What has to be read before it is believed.
+    pub fn seen(&self) -> VersionVector {
+        self.record.as_ref().map(|record| record.seen.clone()).unwrap_or_default()
+    }
+}
+
 /// The NodeEnrollments as they were last seen.
 #[derive(Debug)]
 pub struct Records {
@@ -57,6 +74,10 @@ pub struct Records {
     known: BTreeMap<String, Record>,
     /// Nodes whose record says nothing.
     empty: BTreeSet<String>,
+    /// What was read of the objects that decide.
+    pub seen: VersionVector,
+    /// Up to where own writes reach.
+    pub written: VersionVector,
 }
 
 /// The NodeEnrollments of a cluster.
@@ -77,6 +98,8 @@ impl Records {
             runtime: Handle::current(),
             known: BTreeMap::new(),
             empty: BTreeSet::new(),
+            seen: VersionVector::default(),
+            written: VersionVector::default(),
         }
     }
 
@@ -127,9 +150,12 @@ impl Records {
         let (what, params) = (what(node), PostParams::default());
         let failed = |error: &kube::Error| ClusterError::request(&what, error);
         for _ in 0..ATTEMPTS {
-            let version = self.known.get(node).map(|known| known.version.clone());
-            let is_new = version.is_none();
-            let object = object(node, &places, &failures, version);
+            let known = self.known.get(node);
+            let (version, is_new) = (known.map(|known| known.version.clone()), known.is_none());
+            // Beside what is written now stays what others wrote.
+            let mut seen = self.seen.clone();
+            seen.merge(&known.map(|known| known.seen.clone()).unwrap_or_default());
+            let object = object(node, &places, &failures, &seen, version);
             let outcome = match is_new {
                 false => self.objects.replace(node, &params, &object).await,
                 true => self.objects.create(&params, &object).await,
@@ -137,7 +163,9 @@ impl Records {
             match outcome {
                 Ok(object) => {
                     let version = object.metadata.resource_version.unwrap_or_default();
-                    let record = Record { version, places: places.clone(), failures: failures.clone() };
+                    // A number, or nothing of the kind could be read.
+                    self.written.raise(ENROLLMENT, version.parse().unwrap_or(u64::MAX));
+                    let record = Record { version, places: places.clone(), failures: failures.clone(), seen };
                     self.set(node, record);
                     return Ok((places, failures));
                 }
@@ -225,7 +253,13 @@ fn is_newer(version: &str, than: &str) -> bool {
     }
 }
 
-fn object(node: &str, places: &Places, failures: &Failures, version: Option<String>) -> DynamicObject {
+fn object(
+    node: &str,
+    places: &Places,
+    failures: &Failures,
+    seen: &VersionVector,
+    version: Option<String>,
+) -> DynamicObject {
     let enrolled = places.iter().map(|(uid, place)| EnrolledPod {
         uid: uid.clone(),
         pod_uid: place.pod_uid.clone(),
@@ -239,6 +273,7 @@ fn object(node: &str, places: &Places, failures: &Failures, version: Option<Stri
     let mut object = DynamicObject::new(node, &resource()).data(json!({ "status": status }));
     let label = ("app.kubernetes.io/part-of".to_owned(), "weft".to_owned());
     object.metadata.labels = Some([label].into());
+    object.metadata.annotations = Some([(SEEN.to_owned(), seen.to_string())].into());
     object.metadata.resource_version = version;
     object
 }
@@ -265,7 +300,14 @@ pub fn read(object: &DynamicObject) -> Result<(String, Record), ClusterError> {
     let failures = status.failures.into_iter().map(|pod| (pod.uid, pod.message));
     let (places, failures) = (places.collect(), failures.collect());
     let version = object.metadata.resource_version.clone().unwrap_or_default();
-    Ok((node, Record { version, places, failures }))
+    let seen = object.metadata.annotations.as_ref().and_then(|annotations| annotations.get(SEEN));
+    let seen = seen.map_or(Ok(VersionVector::default()), |seen| seen.parse());
+    let invalid = |error: NotAVector| ClusterError::Invalid {
+        what: what(&node),
+        why: format!("annotation {SEEN}: {error}"),
+    };
+    let seen = seen.map_err(invalid)?;
+    Ok((node, Record { version, places, failures, seen }))
 }
 
 #[cfg(test)]

@@ -9,6 +9,7 @@ use weft_proto::{
 
 use super::*;
 use crate::{
+    cluster::enrollment::Record,
     state_dir::{StateDir, tests::temporary},
     translate::tests::{objects, settings},
 };
@@ -41,6 +42,23 @@ impl Fixture {
         let enrolled = uids.iter().map(|uid| (*uid).to_owned()).collect();
         self.controller.report(Report { node: node.to_owned(), enrolled, failures: BTreeMap::new(), done });
         result.try_recv().unwrap()
+    }
+
+    /// What a cluster tells: how far it has been read, how far the writer of a NodeEnrollment had read, and up to where a
+    /// list of Pods that was asked for has shown them.
+    fn news(&mut self, known: &str, written: &str, listed: Option<u64>) {
+        let record = Record { seen: written.parse().unwrap(), ..Record::default() };
+        let heard = (!written.is_empty()).then(|| Heard { node: "n2".to_owned(), record: Some(record) });
+        let known: VersionVector = known.parse().unwrap();
+        let news = News {
+            heard: heard.into_iter().collect(),
+            content: known.clone(),
+            known,
+            newest: listed.map(|version| ("pods", version)),
+            ..News::default()
+        };
+        self.controller.take(Input::News(news), &mut Vec::new());
+        self.controller.catch_up();
     }
 
     /// Version of the state, whether the pod is announced as reachable by tunnel, and whether its agent is to enrol it.
@@ -80,6 +98,40 @@ fn desired_then_reported_then_published_and_back() {
     assert_eq!(f.state(), (4, false, false));
     f.apply("enabled", "10.1.0.2");
     assert_eq!(f.state(), (5, false, true), "an old report counts for a new enrolment");
+}
+
+#[test]
+fn nothing_is_published_before_what_others_had_read_is_read() {
+    let (_guard, state) = temporary();
+    let mut f = start(&state);
+    f.news("namespaces=5,pods=5", "", None);
+    f.apply("disabled", "10.1.0.2");
+    assert_eq!(f.state(), (1, false, false));
+    f.news("namespaces=5,pods=5", "gadgets=7,pods=9", None);
+    f.apply("enabled", "10.1.0.2");
+    assert_eq!(f.state().0, 1);
+    assert_eq!(f.published.wanted.try_recv().unwrap().to_string(), "pods=9");
+    f.news("namespaces=5,pods=8", "", None);
+    assert_eq!(f.state().0, 1);
+    f.news("namespaces=5,pods=9", "", None);
+    assert_eq!(f.state(), (2, false, true));
+}
+
+/// One list may have begun before the number was written that it seems to disprove.
+#[test]
+fn what_others_had_read_is_disproved_by_two_lists() {
+    let (_guard, state) = temporary();
+    let mut f = start(&state);
+    f.apply("disabled", "10.1.0.2");
+    f.news("pods=5", "pods=9", None);
+    f.apply("enabled", "10.1.0.2");
+    f.news("pods=6", "", Some(6));
+    assert_eq!(f.state().0, 1);
+    f.news("pods=6", "pods=11", None);
+    f.news("pods=7", "", Some(7));
+    assert_eq!(f.state().0, 1, "it is another number that this list is the second for");
+    f.news("pods=7", "", Some(7));
+    assert_eq!(f.state(), (2, false, true));
 }
 
 #[test]

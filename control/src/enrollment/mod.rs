@@ -11,6 +11,7 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 use weft_api::{Pod, node_enrollment::FailedPod};
+use weft_xds::VersionVector;
 
 use crate::{
     cluster::{
@@ -217,6 +218,21 @@ impl Enrollment {
 
     pub fn enrolled(&self) -> &Enrolled {
         &self.enrolled
+    }
+
+    /// What has been read of the objects from which `desired` follows; it is written down with who is enrolled.
+    pub fn decides_by(&mut self, seen: VersionVector) {
+        if let Storage::Cluster(records) = &mut self.storage {
+            records.seen = seen;
+        }
+    }
+
+    /// What has to be read before what was written down may be published: who else was enrolled meanwhile.
+    pub fn written_at(&self) -> VersionVector {
+        match &self.storage {
+            Storage::Cluster(records) => records.written.clone(),
+            Storage::Directory(_) => VersionVector::default(),
+        }
     }
 
     pub fn failures(&self) -> &ByNode<String> {
@@ -581,7 +597,7 @@ mod tests {
 
     fn heard(version: u32, node: &str, failures: &[(&str, &str)]) -> Heard {
         let failures = failures.iter().map(|(uid, why)| ((*uid).to_owned(), (*why).to_owned())).collect();
-        let record = Record { version: version.to_string(), places: Places::new(), failures };
+        let record = Record { version: version.to_string(), failures, ..Record::default() };
         Heard { node: node.to_owned(), record: Some(record) }
     }
 

@@ -10,6 +10,22 @@ pub mod watch;
 use std::collections::BTreeMap;
 
 use weft_api::{Object, ObjectKey};
+use weft_xds::VersionVector;
+
+use crate::cluster::enrollment::Heard;
+
+/// What a cluster has told, to be taken in as a whole: who is enrolled first.
+#[derive(Debug, Default)]
+pub struct News {
+    pub heard: Vec<Heard>,
+    pub delta: Delta,
+    /// Up to where everything has been told, with this.
+    pub known: VersionVector,
+    /// Where something was last told that makes a difference, with this. What follows from it holds no more than that.
+    pub content: VersionVector,
+    /// A list that was asked for has shown that this kind is not newer than this.
+    pub newest: Option<(&'static str, u64)>,
+}
 
 /// What changed between two states of a source, to be applied as a whole. The first one a source sends is its whole
 /// content.

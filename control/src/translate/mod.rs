@@ -18,7 +18,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-use weft_api::{DefaultInbound, Pod, mesh_choice};
+use weft_api::{DefaultInbound, Kind, Pod, mesh_choice};
 use weft_core::{SpiffeId, TrustDomain};
 use weft_proto::node::MeshConfig;
 
@@ -139,6 +139,11 @@ fn live_pods_on<'a>(store: &'a Store, node: &str) -> impl Iterator<Item = (&'a N
 
 fn wanted(store: &Store, (namespace, _): &Name, pod: &Pod) -> bool {
     mesh_choice(store.namespaces.get(namespace).map(|n| &**n), pod).wanted
+}
+
+/// The kinds of object that say who is to be in the mesh.
+pub fn deciding() -> [&'static str; 2] {
+    [Kind::Namespace.plural(), Kind::Pod.plural()]
 }
 
 /// Where a pod is that labels want in the mesh and that has a node and an address. None for every other.

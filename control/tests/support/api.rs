@@ -16,10 +16,15 @@ use hyper::{
 };
 use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
-use tokio::{net::TcpListener, sync::mpsc};
+use tokio::{
+    net::TcpListener,
+    sync::{mpsc, watch},
+};
 use tokio_stream::wrappers::UnboundedReceiverStream;
 
 type Body = BoxBody<Bytes, Infallible>;
+/// The kinds that are held back.
+type Held = watch::Receiver<BTreeSet<&'static str>>;
 
 #[derive(Default)]
 struct World {
@@ -42,6 +47,32 @@ struct World {
     patches: Vec<Value>,
 }
 
+/// Another way to the same server, on which lists and watches of some kinds can be held back, so that whoever comes by it
+/// falls behind.
+pub struct Door {
+    pub address: std::net::SocketAddr,
+    held: watch::Sender<BTreeSet<&'static str>>,
+}
+
+impl Door {
+    /// What happens to these kinds from now on is not told here, until it may be.
+    pub fn hold(&self, kinds: &[&'static str]) {
+        self.held.send_replace(kinds.iter().copied().collect());
+    }
+}
+
+/// Every kind that is watched.
+pub const KINDS: [&str; 8] = [
+    "namespaces",
+    "pods",
+    "services",
+    "endpointslices",
+    "nodes",
+    "servicecidrs",
+    "authorizationpolicies",
+    "nodeenrollments",
+];
+
 /// Cheap to clone: every clone is the same server.
 #[derive(Clone)]
 pub struct Api {
@@ -53,23 +84,35 @@ impl Api {
     /// Serves on a thread of its own, since tests wait for the program in ways that would keep it waiting.
     pub fn start() -> Self {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-        listener.set_nonblocking(true).unwrap();
         let api = Self { world: Arc::default(), address: listener.local_addr().unwrap() };
-        let server = api.clone();
-        std::thread::spawn(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            runtime.block_on(server.serve(listener));
-        });
+        api.serve_at(listener, watch::channel(BTreeSet::new()).1);
         api
     }
 
-    async fn serve(self, listener: std::net::TcpListener) {
+    pub fn door(&self) -> Door {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let (held, receiver) = watch::channel(BTreeSet::new());
+        let door = Door { address: listener.local_addr().unwrap(), held };
+        self.serve_at(listener, receiver);
+        door
+    }
+
+    fn serve_at(&self, listener: std::net::TcpListener, held: Held) {
+        listener.set_nonblocking(true).unwrap();
+        let server = self.clone();
+        std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(server.serve(listener, held));
+        });
+    }
+
+    async fn serve(self, listener: std::net::TcpListener, held: Held) {
         let listener = TcpListener::from_std(listener).unwrap();
         while let Ok((stream, _)) = listener.accept().await {
-            let server = self.clone();
+            let (server, held) = (self.clone(), held.clone());
             let service = service_fn(move |request| {
-                let server = server.clone();
-                async move { Ok::<_, Infallible>(server.answer(request).await) }
+                let (server, held) = (server.clone(), held.clone());
+                async move { Ok::<_, Infallible>(server.answer(request, held).await) }
             });
             tokio::spawn(
                 hyper::server::conn::http1::Builder::new().serve_connection(TokioIo::new(stream), service),
@@ -144,7 +187,7 @@ impl Api {
         self.with(|world| world.patches.clone())
     }
 
-    async fn answer(&self, request: Request<Incoming>) -> Response<Body> {
+    async fn answer(&self, request: Request<Incoming>, mut held: Held) -> Response<Body> {
         while self.with(|world| world.silent) {
             tokio::time::sleep(std::time::Duration::from_millis(50)).await;
         }
@@ -161,6 +204,9 @@ impl Api {
         };
         let plural = rest[0];
         let name = rest.get(1).copied();
+        if parts.method == Method::GET && name.is_none() && !query.contains_key("watch") {
+            let _ = held.wait_for(|held| !held.contains(plural)).await;
+        }
         self.with(|world| {
             if world.missing.contains(plural) {
                 return refusal(404, "the server could not find the requested resource");
@@ -217,7 +263,7 @@ impl Api {
                     }
                 }
                 (_, None) if query.contains_key("watch") => {
-                    world.watch(plural, query.get("resourceVersion").copied())
+                    world.watch(plural, query.get("resourceVersion").copied(), held.clone())
                 }
                 (_, None) => {
                     let items: Vec<&Value> = world
@@ -287,7 +333,7 @@ impl World {
         self.watches.retain(|(of, watch)| of != plural || watch.send(event.clone()).is_ok());
     }
 
-    fn watch(&mut self, plural: &str, from: Option<&str>) -> Response<Body> {
+    fn watch(&mut self, plural: &str, from: Option<&str>, held: Held) -> Response<Body> {
         let (sender, events) = mpsc::unbounded_channel();
         let from: u64 = from.and_then(|version| version.parse().ok()).unwrap_or(0);
         if from < self.compacted {
@@ -300,7 +346,16 @@ impl World {
             }
             self.watches.push((plural.to_owned(), sender));
         }
+        let of = plural.to_owned();
+        let told = move |event| {
+            let (mut held, of) = (held.clone(), of.clone());
+            async move {
+                let _ = held.wait_for(|held| !held.contains(of.as_str())).await;
+                event
+            }
+        };
         let events = UnboundedReceiverStream::new(events)
+            .then(told)
             .map(|event| Ok(Frame::data(Bytes::from(format!("{event}\n")))));
         Response::new(BodyExt::boxed(StreamBody::new(events)))
     }

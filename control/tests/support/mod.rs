@@ -17,9 +17,10 @@ use weft_proto::{
     type_url,
     workload::{Address, TunnelProtocol, address},
 };
-use weft_xds::{Backoff, ClientConfig, ControlEndpoint, Update};
+use weft_xds::{Backoff, ClientConfig, ControlEndpoint, Update, VersionVector};
 
 pub mod api;
+pub mod cluster;
 
 pub const BINARY: &str = env!("CARGO_BIN_EXE_weft-control");
 pub const LONG: Duration = Duration::from_secs(10);
@@ -61,11 +62,14 @@ impl Control {
 
     /// Waits for a line of the log that holds `words`.
     pub fn logged(&self, words: &str) -> String {
+        let mut others = Vec::new();
         loop {
-            let line = self.log.recv_timeout(LONG).unwrap_or_else(|_| panic!("no line with {words:?}"));
+            let line = self.log.recv_timeout(LONG);
+            let line = line.unwrap_or_else(|_| panic!("no line with {words:?}, only {others:#?}"));
             if line.contains(words) {
                 return line;
             }
+            others.push(line);
         }
     }
 
@@ -92,16 +96,29 @@ pub struct Agent {
     pub tunnel: Option<bool>,
     pub enroll: Option<bool>,
     pub pod_uid: String,
+    pub seen: watch::Sender<VersionVector>,
 }
 
 impl Agent {
     pub fn connect(endpoint: ControlEndpoint, node: &str) -> Self {
+        Self::having_seen(endpoint, node, VersionVector::default())
+    }
+
+    /// One that was at another replica before.
+    pub fn having_seen(mut endpoint: ControlEndpoint, node: &str, seen: VersionVector) -> Self {
+        let (seen, receiver) = watch::channel(seen);
+        endpoint.seen = Some(receiver);
         let (sender, updates) = mpsc::channel(1);
         let types = vec![type_url::ADDRESS, type_url::MESH_CONFIG, type_url::LOCAL_WORKLOAD];
-        let config =
-            ClientConfig { server: endpoint, node: node.to_owned(), types, backoff: Backoff::default() };
+        let config = ClientConfig {
+            server: endpoint,
+            node: node.to_owned(),
+            types,
+            backoff: Backoff::default(),
+            trouble: watch::Sender::default(),
+        };
         tokio::spawn(weft_xds::run(config, sender, watch::channel(false).0));
-        Self { updates, tunnel: None, enroll: None, pod_uid: String::new() }
+        Self { updates, tunnel: None, enroll: None, pod_uid: String::new(), seen }
     }
 
     /// Waits until the pod is known both ways: whether it is reached by tunnel, and whether it is to be enrolled.
@@ -115,6 +132,7 @@ impl Agent {
                 .await
                 .unwrap_or_else(|_| panic!("stays at tunnel {:?}, enroll {:?}", self.tunnel, self.enroll));
             let update = update.unwrap();
+            self.seen.send_if_modified(|seen| seen.merge(&update.seen));
             for resource in update.upserts.iter().filter(|resource| resource.name == UID) {
                 let value = resource.value.clone();
                 match update.type_url {

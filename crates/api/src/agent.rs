@@ -13,6 +13,10 @@ pub struct AgentStatus {
     pub time: f64,
     /// Whether it hears the controller right now.
     pub connected: bool,
+    /// Why it last did not.
+    pub trouble: String,
+    /// What it has seen of the cluster: `KIND=RESOURCEVERSION,...`. A controller that has seen less is not believed.
+    pub seen: String,
     /// Why it is not ready; `None` where it is.
     pub waiting: Option<String>,
     pub plugin: PluginStatus,

@@ -1,16 +1,17 @@
-//! How a node reaches the controller: one TLS endpoint, and a join token on every call. Used by the xDS client here and
-//! by the agent's clients of the CA and of the node service.
+//! How a node reaches the controller: one TLS endpoint, and on every call a join token and how much the node has seen. Used
+//! by the xDS client here and by the agent's clients of the CA and of the node service.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use tokio::sync::watch;
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::service::Interceptor;
 use tonic::service::interceptor::InterceptedService;
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint};
 use tonic::{Request, Status};
 
-use crate::{KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT};
+use crate::{KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, METADATA_KEY, VersionVector};
 
 /// TCP connect, and TLS handshake, each at most this long.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
@@ -30,6 +31,8 @@ pub struct ControlEndpoint {
     pub server_name: String,
     /// Proves which node is calling.
     pub token: TokenSource,
+    /// What the node has seen of the controller's states, if it keeps that: a replica that has seen less does not serve it.
+    pub seen: Option<watch::Receiver<VersionVector>>,
 }
 
 /// Where the join token comes from.
@@ -99,29 +102,36 @@ pub enum ConfigError {
 }
 
 /// Adds `authorization: Bearer TOKEN` to every call, and fails the call with `UNAUTHENTICATED` and the reason if there
-/// is no token.
+/// is no token. Adds what the caller has seen, if that is anything.
 #[derive(Clone, Debug)]
-pub struct BearerToken {
-    source: TokenSource,
+pub struct CallerMetadata {
+    token: TokenSource,
+    seen: Option<watch::Receiver<VersionVector>>,
 }
 
-impl Interceptor for BearerToken {
+impl Interceptor for CallerMetadata {
     fn call(&mut self, mut request: Request<()>) -> Result<Request<()>, Status> {
         // A blocking read of a few bytes of a local file, once a call, and calls are rare.
-        let value = self.source.bearer().map_err(|error| Status::unauthenticated(error.to_string()))?;
+        let value = self.token.bearer().map_err(|error| Status::unauthenticated(error.to_string()))?;
         request.metadata_mut().insert("authorization", value);
+        let seen = self.seen.as_ref().map(|seen| seen.borrow().to_string()).unwrap_or_default();
+        if !seen.is_empty() {
+            let value = MetadataValue::try_from(seen)
+                .map_err(|_| Status::internal("what was seen cannot be said in a header"))?;
+            request.metadata_mut().insert(METADATA_KEY, value);
+        }
         Ok(request)
     }
 }
 
 /// What a generated gRPC client can be built on: `IstioCertificateServiceClient::new(channel(&endpoint)?)`.
-pub type AuthenticatedChannel = InterceptedService<Channel, BearerToken>;
+pub type AuthenticatedChannel = InterceptedService<Channel, CallerMetadata>;
 
 /// A channel to the controller that connects on first use and again whenever it has to. Must be called within a tokio
 /// runtime.
 pub fn channel(control: &ControlEndpoint) -> Result<AuthenticatedChannel, ConfigError> {
-    let bearer = BearerToken { source: control.token.clone() };
-    Ok(InterceptedService::new(endpoint(control)?.connect_lazy(), bearer))
+    let metadata = CallerMetadata { token: control.token.clone(), seen: control.seen.clone() };
+    Ok(InterceptedService::new(endpoint(control)?.connect_lazy(), metadata))
 }
 
 fn endpoint(control: &ControlEndpoint) -> Result<Endpoint, ConfigError> {
@@ -172,7 +182,7 @@ mod tests {
     fn the_token_is_trimmed_re_read_and_must_be_there() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("token");
-        let mut bearer = BearerToken { source: TokenSource::file(&path) };
+        let mut bearer = CallerMetadata { token: TokenSource::file(&path), seen: None };
         let mut header = || {
             let request = bearer.call(Request::new(())).map_err(|status| status.message().to_owned())?;
             Ok::<_, String>(request.metadata().get("authorization").unwrap().to_str().unwrap().to_owned())
@@ -196,6 +206,7 @@ mod tests {
                 ca_pem: Vec::new(),
                 server_name: "weft-control".to_owned(),
                 token: TokenSource::file("token"),
+                seen: None,
             })
         };
         for good in ["10.0.0.1:15012", "[fd00::1]:15012", "weft-control.weft-system.svc:15012"] {

@@ -13,13 +13,14 @@ use weft_proto::discovery::{self, DeltaDiscoveryRequest, DeltaDiscoveryResponse,
 use crate::channel::error_chain;
 use crate::order::TypeKey;
 use crate::update::{Change, check};
+use crate::vector::HOLD;
 use crate::{
     AuthenticatedChannel, Backoff, ConfigError, ControlEndpoint, MAX_REQUEST_BYTES, MAX_RESPONSE_BYTES,
     Update, Version, channel,
 };
 
-/// Connecting and being let in takes at most this long.
-const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
+/// Connecting and being let in takes at most this long, and a server that is behind lets nobody in for a while.
+const OPEN_TIMEOUT: Duration = HOLD.saturating_add(Duration::from_secs(10));
 
 /// What to ask of whom.
 #[derive(Clone, Debug)]
@@ -32,6 +33,8 @@ pub struct ClientConfig {
     pub types: Vec<&'static str>,
     /// Waits between attempts.
     pub backoff: Backoff,
+    /// Told why the last stream ended, or was not opened.
+    pub trouble: watch::Sender<String>,
 }
 
 /// What is known of one type, over all streams.
@@ -61,13 +64,14 @@ pub async fn run(
     updates: mpsc::Sender<Update>,
     connected: watch::Sender<bool>,
 ) -> Result<(), ConfigError> {
-    let channel = channel(&config.server)?;
     let mut session = Session::new(&config, updates, connected);
     let mut failures = 0;
     loop {
         let started = Instant::now();
         let mut productive = false;
-        let ended = session.stream(channel.clone(), &mut productive).await;
+        // A connection of its own for each stream: the next one may lead to another replica, which a connection that is
+        // kept open never would.
+        let ended = session.stream(channel(&config.server)?, &mut productive).await;
         session.connected.send_replace(false);
         let status = match ended {
             Ended::Consumer => return Ok(()),
@@ -78,6 +82,7 @@ pub async fn run(
         let delay = config.backoff.delay(failures);
         let server = &config.server.address;
         let reason = describe(&status);
+        config.trouble.send_replace(reason.clone());
         if status.code() == Code::Unauthenticated || status.code() == Code::PermissionDenied {
             warn!(
                 server,

@@ -11,6 +11,7 @@
 //! * Within one snapshot types are sent in a fixed order, settings first and a node's own workloads last, and the
 //!   client hands updates to its consumer one at a time in the order of the stream.
 //! * A server that has nothing to serve yet says nothing: an empty answer would tell clients to forget all they know.
+//! * A server that has seen less than a client says nothing to it either, and ends the stream if that lasts ([`Progress`]).
 #![forbid(unsafe_code)]
 
 mod backoff;
@@ -21,15 +22,17 @@ mod server;
 mod snapshot;
 mod subscription;
 mod update;
+mod vector;
 mod version;
 mod wire;
 
 pub use backoff::Backoff;
-pub use channel::{AuthenticatedChannel, BearerToken, ConfigError, ControlEndpoint, TokenSource, channel};
+pub use channel::{AuthenticatedChannel, CallerMetadata, ConfigError, ControlEndpoint, TokenSource, channel};
 pub use client::{ClientConfig, run};
 pub use server::{Authenticate, Authentication, NodeName, Server, Stats, with_keepalive};
 pub use snapshot::{Resources, Snapshot, resource};
 pub use update::{Resource, Update};
+pub use vector::{METADATA_KEY, NotAVector, Progress, VersionVector};
 pub use version::Version;
 pub use wire::Service;
 

@@ -16,7 +16,7 @@ use weft_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 use crate::order::TypeKey;
 use crate::subscription::{Answer, Next, Subscription};
 use crate::wire::{Decided, Pieces, Service, Whole};
-use crate::{KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, Snapshot};
+use crate::{KEEPALIVE_INTERVAL, KEEPALIVE_TIMEOUT, Progress, Snapshot};
 
 /// Types one stream may ask for. Weft has a handful; a peer could make up any number.
 const MAX_TYPES: usize = 32;
@@ -36,6 +36,7 @@ pub type Authenticate = Arc<dyn Fn(&MetadataMap) -> Authentication + Send + Sync
 /// A delta ADS server for whatever snapshots it is given.
 pub struct Server {
     snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
+    progress: Progress,
     authenticate: Authenticate,
     whole: Arc<Whole>,
     stats: Arc<Stats>,
@@ -49,6 +50,7 @@ pub struct Stats {
     acks: AtomicU64,
     nacks: AtomicU64,
     refused: AtomicU64,
+    behind: AtomicU64,
 }
 
 impl Stats {
@@ -76,13 +78,23 @@ impl Stats {
     pub fn refused(&self) -> u64 {
         self.refused.load(Ordering::Relaxed)
     }
+
+    /// Streams ended because their client had seen more than this server.
+    pub fn behind(&self) -> u64 {
+        self.behind.load(Ordering::Relaxed)
+    }
 }
 
 impl Server {
     /// Serves the latest snapshot of `snapshots`. While there is none, streams are held and nothing is answered. When
-    /// the sender is dropped all streams end with `UNAVAILABLE`.
-    pub fn new(snapshots: watch::Receiver<Option<Arc<Snapshot>>>, authenticate: Authenticate) -> Server {
-        Server { snapshots, authenticate, whole: Arc::default(), stats: Arc::default() }
+    /// the sender is dropped all streams end with `UNAVAILABLE`. What `progress` knows is never more than what the latest
+    /// snapshot holds.
+    pub fn new(
+        snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
+        progress: Progress,
+        authenticate: Authenticate,
+    ) -> Server {
+        Server { snapshots, progress, authenticate, whole: Arc::default(), stats: Arc::default() }
     }
 
     /// Counters that live as long as the server.
@@ -104,6 +116,11 @@ impl Server {
         let node = authentication.await.inspect_err(|status| {
             self.stats.refused.fetch_add(1, Ordering::Relaxed);
             warn!(peer = ?request.remote_addr(), reason = status.message(), "refused an xDS stream");
+        })?;
+        // Before anything is answered, so that to its client this is no connection yet.
+        self.progress.reach(request.metadata()).await.inspect_err(|status| {
+            self.stats.behind.fetch_add(1, Ordering::Relaxed);
+            warn!(node, reason = status.message(), "sent an xDS stream away");
         })?;
         info!(node, peer = ?request.remote_addr(), "xDS stream opened");
         self.stats.streams.fetch_add(1, Ordering::Relaxed);
@@ -243,7 +260,7 @@ impl Client {
                     );
                     self.nonce += 1;
                     let head = DeltaDiscoveryResponse {
-                        system_version_info: snapshot.version.to_string(),
+                        system_version_info: snapshot.seen.to_string(),
                         resources: Vec::new(),
                         type_url: type_url.to_owned(),
                         nonce,

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use bytes::Bytes;
 
-use crate::Version;
+use crate::{Version, VersionVector};
 
 /// All resources of one type by name, each with its version and its encoded message. Copies share their structure, so
 /// the difference between a map and a changed copy of it costs as much as the change.
@@ -19,8 +19,10 @@ pub fn resource(content: impl Into<Bytes>) -> (Version, Bytes) {
 /// One state of the world.
 #[derive(Clone, Debug, Default)]
 pub struct Snapshot {
-    /// Number of this state in the controller's own history; informational on the wire (`system_version_info`).
+    /// Number of this state in the controller's own history, for its log.
     pub version: u64,
+    /// What of the source this state holds, at most: it goes with every response (`system_version_info`).
+    pub seen: VersionVector,
     /// By type URL, what every node is sent.
     pub shared: HashMap<&'static str, Resources>,
     /// By node and type URL, what only that node is sent. It replaces shared resources of the same type. Copies of a
@@ -45,6 +47,7 @@ mod tests {
         let map = |name: &str| Resources::unit(name.to_owned(), resource(name.to_owned()));
         let snapshot = Snapshot {
             version: 1,
+            seen: VersionVector::default(),
             shared: HashMap::from([("address", map("everyone"))]),
             per_node: imbl::OrdMap::unit("n1".to_owned(), HashMap::from([("local", map("mine"))])),
         };

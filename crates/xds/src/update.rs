@@ -6,7 +6,7 @@ use bytes::Bytes;
 use tokio::sync::oneshot;
 use weft_proto::discovery::DeltaDiscoveryResponse;
 
-use crate::Version;
+use crate::{NotAVector, Version, VersionVector};
 
 /// One resource as the server sent it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,6 +32,9 @@ pub struct Update {
     /// No update of this type was accepted before: with this one applied, the type is in sync. It is sent even where
     /// there is no resource at all.
     pub first: bool,
+    /// What the state holds that this is of. To be remembered before the update is applied: no server that has seen less
+    /// may be believed from then on.
+    pub seen: VersionVector,
     answer: oneshot::Sender<Result<(), String>>,
 }
 
@@ -54,6 +57,7 @@ impl Update {
 pub(crate) struct Change {
     pub upserts: Vec<Resource>,
     pub removed: Vec<String>,
+    pub seen: VersionVector,
 }
 
 impl Change {
@@ -63,13 +67,13 @@ impl Change {
         first: bool,
     ) -> (Update, oneshot::Receiver<Result<(), String>>) {
         let (answer, answered) = oneshot::channel();
-        let Change { upserts, removed } = self;
-        (Update { type_url, upserts, removed, first, answer }, answered)
+        let Change { upserts, removed, seen } = self;
+        (Update { type_url, upserts, removed, first, seen, answer }, answered)
     }
 }
 
-/// Checks what a consumer should not have to: every resource has a name and content of the right type, and no name
-/// comes twice. The error is for the NACK.
+/// Checks what a consumer should not have to: every resource has a name and content of the right type, no name comes
+/// twice, and the state says what it holds. The error is for the NACK.
 pub(crate) fn check(response: DeltaDiscoveryResponse) -> Result<Change, String> {
     let mut names = HashSet::with_capacity(response.resources.len() + response.removed_resources.len());
     for name in response.resources.iter().map(|resource| &resource.name).chain(&response.removed_resources) {
@@ -81,6 +85,13 @@ pub(crate) fn check(response: DeltaDiscoveryResponse) -> Result<Change, String> 
         }
     }
     drop(names);
+    // A controller of before there were vectors says the number of its state there. While it and its agents are upgraded,
+    // in whatever order, it must not be one that they cannot listen to.
+    let holds = response.system_version_info;
+    let seen = match holds.bytes().all(|byte| byte.is_ascii_digit()) {
+        true => VersionVector::default(),
+        false => holds.parse().map_err(|error: NotAVector| error.to_string())?,
+    };
     let type_url = response.type_url;
     let upserts = response.resources.into_iter().map(|resource| match resource.resource {
         Some(any) if any.type_url == type_url => {
@@ -89,7 +100,7 @@ pub(crate) fn check(response: DeltaDiscoveryResponse) -> Result<Change, String> 
         Some(any) => Err(format!("resource {:?} is of type {:?}", resource.name, any.type_url)),
         None => Err(format!("resource {:?} has no content", resource.name)),
     });
-    Ok(Change { upserts: upserts.collect::<Result<_, _>>()?, removed: response.removed_resources })
+    Ok(Change { upserts: upserts.collect::<Result<_, _>>()?, removed: response.removed_resources, seen })
 }
 
 #[cfg(test)]
@@ -133,6 +144,10 @@ mod tests {
             let error = checked(resources, &removed).unwrap_err();
             assert!(error.contains(why), "{error}");
         }
+        let unknown = DeltaDiscoveryResponse { system_version_info: "pods".to_owned(), ..Default::default() };
+        assert!(check(unknown).unwrap_err().contains("which versions"));
+        let without = DeltaDiscoveryResponse { system_version_info: "7".to_owned(), ..Default::default() };
+        assert!(check(without).unwrap().seen.is_empty());
         let change = checked(vec![good()], &["b"]).unwrap();
         assert_eq!(change.upserts[0].value, "x");
         assert_eq!(change.removed, ["b"]);

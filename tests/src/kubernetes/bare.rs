@@ -23,6 +23,7 @@ use super::programs;
 use crate::agent::{self, Agent};
 use crate::bed::Bed;
 use crate::binaries::binary;
+use crate::capture::Capture;
 use crate::control::{Controller, Source};
 use crate::place::Place;
 use crate::pod::Pod;
@@ -201,6 +202,16 @@ impl ApiCluster {
     pub fn cut(&self, node: &str) -> Result<()> {
         self.agent(node)?.relay.cut();
         Ok(())
+    }
+
+    /// From now on every agent connects to the first controller as long as that answers.
+    pub fn prefer_first_controller(&self) {
+        self.agents.values().for_each(|agent| agent.relay.prefer_first());
+    }
+
+    /// Starts recording the wire between the nodes.
+    pub fn capture(&self) -> Result<Capture> {
+        self.topology.capture()
     }
 
     /// The root's certificate, as agents have it.

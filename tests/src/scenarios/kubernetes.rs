@@ -178,7 +178,7 @@ fn operations(cluster: Builder) -> Result<()> {
     let kube = start(&cluster)?;
     let page = marker("operations");
     open_shop(&kube, &page)?;
-    install_with(&kube, &["--set", "control.replicas=2"])?;
+    install(&kube)?;
     kube.kubectl(["label", "namespace", "shop", "weft.dev/mesh=enabled"])?;
     wait_enrolled(&kube, &["web", "client"])?;
     let mut pods = [addresses(&kube, "web")?, addresses(&kube, "client")?].concat();
@@ -533,12 +533,8 @@ fn url(ip: IpAddr, port: u16) -> String {
 
 /// As the documentation says it.
 pub fn install(kube: &KubeCluster) -> Result<()> {
-    install_with(kube, &[])
-}
-
-fn install_with(kube: &KubeCluster, settings: &[&str]) -> Result<()> {
-    let mut command = std::process::Command::new(binary("weft")?);
-    let output = command.arg("install").args(settings).output().context("weft install")?;
+    let output =
+        std::process::Command::new(binary("weft")?).arg("install").output().context("weft install")?;
     ensure!(output.status.success(), "weft install: {}", String::from_utf8_lossy(&output.stderr));
     kube.apply(&String::from_utf8(output.stdout)?)?;
     for object in ["deployment/weft-control", "daemonset/weft-agent"] {

@@ -22,6 +22,7 @@ mod policies_held;
 mod policies_table;
 mod probes;
 mod races;
+mod replicas;
 mod rogue;
 mod runner;
 mod services;
@@ -75,6 +76,7 @@ fn all() -> Vec<Scenario> {
         operations::SCENARIOS,
         chart::SCENARIOS,
         apiserver::SCENARIOS,
+        replicas::SCENARIOS,
         apiserver_policies::SCENARIOS,
         kubernetes::SCENARIOS,
         check::SCENARIOS,

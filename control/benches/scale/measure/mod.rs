@@ -200,6 +200,7 @@ fn endpoint(directory: &Path, api: &Api, control: &Control, node: &str) -> Resul
         ca_pem: root["data"]["root.pem"].as_str().unwrap_or_default().as_bytes().to_owned(),
         server_name: "weft-control".to_owned(),
         token: TokenSource::file(token),
+        seen: None,
     })
 }
 

@@ -46,6 +46,7 @@ fn written_down(address: Option<&str>, failure: Option<&str>) -> Input {
         version: "1".to_owned(),
         places: address.map(|address| (UID.to_owned(), place(address))).into_iter().collect(),
         failures: failure.map(|message| (UID.to_owned(), message.to_owned())).into_iter().collect(),
+        ..Record::default()
     };
     Input::Enrollment(Heard { node: node(), record: Some(record) })
 }

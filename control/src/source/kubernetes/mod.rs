@@ -3,9 +3,14 @@
 //! order to leave it. A watch that breaks is taken up where it was, or by a new listing that is compared with what was
 //! known ([`cache`]); meanwhile what was last known stays in force.
 //!
+//! With everything that is passed on goes how far each kind has been read, as resourceVersions ([`News`]): by that replicas
+//! and agents know who is behind whom. A kind that somebody has seen more of is listed anew ([`demand`]).
+//!
 //! A kind more is a line in `weft_api::Kind`.
 
 mod cache;
+mod demand;
+mod list_watch;
 mod watch;
 
 use std::{
@@ -20,15 +25,17 @@ use tokio::{
     time::{MissedTickBehavior, interval},
 };
 use weft_api::{Kind, Object, labels::MESH};
+use weft_xds::VersionVector;
 
 use self::{
     cache::{Cache, Change},
+    demand::Demand,
     watch::{Event, Told},
 };
-use super::Delta;
+use super::{Delta, News};
 use crate::{
     cluster::{
-        enrollment::{Heard, Record},
+        enrollment::{ENROLLMENT, Heard, Record},
         status,
     },
     controller::Input,
@@ -41,19 +48,21 @@ const QUEUE: usize = 256;
 const REMINDER: Duration = Duration::from_secs(10);
 
 /// Watches until the controller is gone. `statuses` is told the same, and what the controller has no use for: what Weft
-/// itself wrote on objects.
+/// itself wrote on objects. `wanted` says how far others have read.
 pub async fn run(
     client: Client,
     mesh_enabled: bool,
     inputs: mpsc::Sender<Input>,
     statuses: mpsc::Sender<status::Input>,
+    wanted: mpsc::Receiver<VersionVector>,
     metrics: Metrics,
 ) {
     let (sender, mut events) = mpsc::channel(QUEUE);
+    let mut demand = Demand::new(wanted);
     for kind in Kind::ALL {
-        tokio::spawn(watch::objects(client.clone(), kind, sender.clone()));
+        tokio::spawn(watch::objects(client.clone(), kind, demand.asks(kind.plural()), sender.clone()));
     }
-    tokio::spawn(watch::enrollment(client, sender));
+    tokio::spawn(watch::enrollment(client, demand.asks(ENROLLMENT), sender));
     let mut source = Source::new(mesh_enabled, inputs, statuses, metrics);
     let mut reminder = interval(REMINDER);
     reminder.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -61,9 +70,13 @@ pub async fn run(
     loop {
         let alive = tokio::select! {
             told = events.recv() => match told {
-                Some(told) => source.take(told).await,
+                Some(told) => source.take(told, &demand).await,
                 None => return,
             },
+            () = demand.due() => {
+                demand.ask(&source.known);
+                true
+            }
             _ = reminder.tick(), if !source.open => {
                 source.remind();
                 true
@@ -84,6 +97,9 @@ struct Source {
     broken: BTreeMap<&'static str, String>,
     /// Everything has been listed once, and passed on.
     open: bool,
+    /// Up to where each kind has been read, and where something in it last changed.
+    known: VersionVector,
+    content: VersionVector,
     inputs: mpsc::Sender<Input>,
     statuses: mpsc::Sender<status::Input>,
     metrics: Metrics,
@@ -120,6 +136,8 @@ impl Source {
             records: Records::default(),
             broken: BTreeMap::new(),
             open: false,
+            known: VersionVector::default(),
+            content: VersionVector::default(),
             inputs,
             statuses,
             metrics,
@@ -127,7 +145,9 @@ impl Source {
     }
 
     /// Takes in one event and passes on what follows. False when nobody listens any more.
-    async fn take(&mut self, told: Told) -> bool {
+    async fn take(&mut self, told: Told, demand: &Demand) -> bool {
+        // A list that was asked for, and whether it told what the watch had not.
+        let (newest, missed);
         let (change, heard) = match told {
             Told::Broken { what, why, passes } => {
                 if self.broken.get(what) != Some(&why) {
@@ -147,12 +167,43 @@ impl Source {
                 }
                 return true;
             }
-            Told::Objects { kind, event } => (self.objects(kind, event), Vec::new()),
-            Told::Enrollment(event) => (Change::default(), self.enrollment(event)),
+            Told::Objects { kind, event } => {
+                let (what, version, list) = (kind.plural(), event.version(), event.ends_list());
+                newest = version.filter(|_| event.was_asked()).map(|version| (what, version));
+                // What is there when it is first listed may be the outcome of changes up to then.
+                let first = list && !self.caches[&kind].is_listed();
+                let change = self.objects(kind, event);
+                self.read(what, version, first || !change.delta.is_empty());
+                missed = !change.delta.is_empty();
+                (change, Vec::new())
+            }
+            Told::Enrollment(event) => {
+                let (version, list) = (event.version(), event.ends_list());
+                newest = version.filter(|_| event.was_asked()).map(|version| (ENROLLMENT, version));
+                let first = list && !self.records.listed;
+                let heard = self.enrollment(event);
+                self.read(ENROLLMENT, version, first || !heard.is_empty());
+                missed = !heard.is_empty();
+                (Change::default(), heard)
+            }
         };
+        if let Some((what, version)) = newest {
+            demand.answered(what, version, missed);
+        }
         let complaints: usize = self.caches.values().map(Cache::complaints).sum();
         self.metrics.source_complaints.set(complaints as i64);
-        if self.open { self.send(heard, change).await } else { self.try_open().await }
+        if self.open { self.send(heard, change, newest).await } else { self.try_open().await }
+    }
+
+    /// Everything of a kind has been told up to `version`.
+    fn read(&mut self, what: &'static str, version: Option<u64>, changed: bool) {
+        let Some(version) = version else { return };
+        // It may have been one that was not there.
+        self.known.lower(what, version);
+        self.known.raise(what, version);
+        if changed {
+            self.content.raise(what, version);
+        }
     }
 
     fn objects(&mut self, kind: Kind, event: Event<cache::Item, weft_api::ObjectKey>) -> Change {
@@ -161,9 +212,10 @@ impl Source {
         match event {
             Event::Begin => cache.begin(),
             Event::Listed(item) => cache.list(read(item)),
-            Event::End => return cache.end(),
-            Event::Applied(item) => return cache.apply(read(item)),
-            Event::Deleted(key) => return cache.delete(&key),
+            Event::End(..) => return cache.end(),
+            Event::Applied(item, _) => return cache.apply(read(item)),
+            Event::Deleted(key, _) => return cache.delete(&key),
+            Event::Nothing(_) => {}
             // The kind does not exist there. That it once did and is gone now is not believed without a listing.
             Event::Missing if !cache.is_listed() => {
                 tracing::info!(
@@ -171,6 +223,8 @@ impl Source {
                     "the API server has no {} {}; going on without", kind.api_version(), kind.as_str()
                 );
                 cache.begin();
+                // Whoever has seen more of it saw what is not there any more.
+                self.known.raise(kind.plural(), u64::MAX);
                 return cache.end();
             }
             Event::Missing => {}
@@ -183,7 +237,7 @@ impl Source {
         match event {
             Event::Begin => records.listing.clear(),
             Event::Listed((node, record)) => drop(records.listing.insert(node, record)),
-            Event::End => {
+            Event::End(..) => {
                 let listing = std::mem::take(&mut records.listing);
                 let gone = records.known.keys().filter(|node| !listing.contains_key(*node));
                 let gone = gone.map(|node| Heard { node: node.clone(), record: None });
@@ -195,15 +249,15 @@ impl Source {
                 (records.known, records.listed) = (listing, true);
                 return heard;
             }
-            Event::Applied((node, record)) => {
+            Event::Applied((node, record), _) => {
                 records.known.insert(node.clone(), record.clone());
                 return vec![Heard { node, record: Some(record) }];
             }
-            Event::Deleted(node) => {
+            Event::Deleted(node, _) => {
                 records.known.remove(&node);
                 return vec![Heard { node, record: None }];
             }
-            Event::Missing => {}
+            Event::Nothing(_) | Event::Missing => {}
         }
         Vec::new()
     }
@@ -222,13 +276,13 @@ impl Source {
             objects.upserts.extend(self.caches[&kind].objects().cloned());
         }
         tracing::info!(target: "source", objects = objects.upserts.len(), "everything is listed");
-        self.send(heard, objects.into()).await
+        self.send(heard, objects.into(), None).await
     }
 
     /// What has not been listed yet.
     fn waiting(&self) -> Vec<&'static str> {
         let kinds = Kind::ALL.into_iter().filter(|kind| !self.caches[kind].is_listed()).map(Kind::plural);
-        kinds.chain((!self.records.listed).then_some(watch::ENROLLMENT)).collect()
+        kinds.chain((!self.records.listed).then_some(ENROLLMENT)).collect()
     }
 
     fn remind(&self) {
@@ -240,28 +294,20 @@ impl Source {
         tracing::error!(target: "source", "nothing is served yet: waiting for the list of {waiting}");
     }
 
-    /// Who is enrolled goes first.
-    async fn send(&self, heard: Vec<Heard>, Change { delta, echoes }: Change) -> bool {
-        let mut inputs = Vec::new();
-        let mut statuses = Vec::new();
-        for heard in heard {
-            statuses.push(status::Input::Enrollment(heard.clone()));
-            inputs.push(Input::Enrollment(heard));
-        }
+    async fn send(
+        &self,
+        heard: Vec<Heard>,
+        Change { delta, echoes }: Change,
+        newest: Option<(&'static str, u64)>,
+    ) -> bool {
         let upserts = delta.upserts.iter().cloned().chain(echoes).collect();
-        statuses.push(status::Input::Objects(Delta { upserts, deletes: delta.deletes.clone() }));
-        if !delta.is_empty() {
-            inputs.push(Input::Objects(delta));
-        }
-        for status in statuses {
+        let objects = status::Input::Objects(Delta { upserts, deletes: delta.deletes.clone() });
+        for status in heard.iter().cloned().map(status::Input::Enrollment).chain([objects]) {
             // It may have ended before this source, in a shutdown.
             let _ = self.statuses.send(status).await;
         }
-        for input in inputs {
-            if self.inputs.send(input).await.is_err() {
-                return false;
-            }
-        }
-        true
+        let (known, content) = (self.known.clone(), self.content.clone());
+        let news = News { heard, delta, known, content, newest };
+        self.inputs.send(Input::News(news)).await.is_ok()
     }
 }

@@ -20,8 +20,8 @@ use weft_proto::discovery::aggregated_discovery_service_client::AggregatedDiscov
 use weft_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 use weft_proto::type_url::{ADDRESS, LOCAL_WORKLOAD, MESH_CONFIG};
 use weft_xds::{
-    Backoff, ClientConfig, ControlEndpoint, Resources, Server, Snapshot, Stats, TokenSource, Update, channel,
-    resource, run, with_keepalive,
+    Backoff, ClientConfig, ControlEndpoint, Progress, Resources, Server, Snapshot, Stats, TokenSource,
+    Update, VersionVector, channel, resource, run, with_keepalive,
 };
 
 /// Longest wait for what must happen.
@@ -60,7 +60,7 @@ pub fn snapshot(items: &[Item], own: &[(&str, &[Item])]) -> Snapshot {
         types
     };
     let per_node = own.iter().map(|(node, items)| ((*node).to_owned(), by_type(items))).collect();
-    Snapshot { version: 1, shared: by_type(items), per_node }
+    Snapshot { version: 1, seen: VersionVector::default(), shared: by_type(items), per_node }
 }
 
 /// The token of a node is `let-me-in-NODE`.
@@ -68,6 +68,9 @@ pub struct Controller {
     pub address: SocketAddr,
     pub stats: Arc<Stats>,
     snapshots: watch::Sender<Option<Arc<Snapshot>>>,
+    known: watch::Sender<VersionVector>,
+    /// What clients had seen that it had not.
+    pub wanted: mpsc::Receiver<VersionVector>,
     runtime: Option<Runtime>,
 }
 
@@ -94,8 +97,11 @@ impl Controller {
         };
         let address = listener.local_addr().unwrap();
         let (snapshots, receiver) = watch::channel(first.map(Arc::new));
+        let (known, known_receiver) = watch::channel(VersionVector::default());
+        let (wanted_sender, wanted) = mpsc::channel(1);
         let server = Server::new(
             receiver,
+            Progress::new(known_receiver, wanted_sender),
             Arc::new(|metadata| {
                 let token = metadata.get("authorization").and_then(|value| value.to_str().ok());
                 let node = token.and_then(|token| token.strip_prefix("Bearer let-me-in-"));
@@ -114,7 +120,7 @@ impl Controller {
                 .add_service(service);
             router.serve_with_incoming(TcpListenerStream::new(listener)).await.unwrap();
         });
-        Controller { address, stats, snapshots, runtime: Some(runtime) }
+        Controller { address, stats, snapshots, known, wanted, runtime: Some(runtime) }
     }
 
     pub fn publish(&self, snapshot: Snapshot) {
@@ -123,6 +129,18 @@ impl Controller {
 
     pub fn publish_items(&self, items: &[Item]) {
         self.publish(snapshot(items, &[]));
+    }
+
+    /// As a replica does that has seen that much of its source.
+    pub fn publish_as_of(&self, seen: &str, items: &[Item]) {
+        let seen: VersionVector = seen.parse().unwrap();
+        self.publish(Snapshot { seen: seen.clone(), ..snapshot(items, &[]) });
+        self.know(seen);
+    }
+
+    /// It has seen more, of which nothing follows.
+    pub fn know(&self, seen: VersionVector) {
+        self.known.send_replace(seen);
     }
 
     /// What a controller that lost its source would do if it did it wrong.
@@ -156,19 +174,22 @@ pub async fn eventually(limit: Duration, condition: impl Fn() -> bool) {
 pub struct Node {
     pub endpoint: ControlEndpoint,
     pub directory: TempDir,
+    pub seen: watch::Sender<VersionVector>,
 }
 
 pub fn node(name: &str, address: SocketAddr) -> Node {
     let directory = tempfile::tempdir().unwrap();
     let token = directory.path().join("token");
     std::fs::write(&token, format!("let-me-in-{name}\n")).unwrap();
+    let (seen, seen_receiver) = watch::channel(VersionVector::default());
     let endpoint = ControlEndpoint {
         address: address.to_string(),
         ca_pem: PKI.ca_pem.clone().into_bytes(),
         server_name: SERVER_NAME.to_owned(),
         token: TokenSource::file(token),
+        seen: Some(seen_receiver),
     };
-    Node { endpoint, directory }
+    Node { endpoint, directory, seen }
 }
 
 /// The library's client with a consumer in the hands of the test.
@@ -194,6 +215,7 @@ impl Agent {
             // In the wrong order, which must not matter.
             types: vec![LOCAL_WORKLOAD, MESH_CONFIG, ADDRESS],
             backoff: Backoff { min: Duration::from_millis(20), max: Duration::from_millis(200) },
+            trouble: watch::Sender::default(),
         };
         let task = tokio::spawn(async move { run(config, sender, is_connected).await.unwrap() });
         Agent { node, updates, connected, state: BTreeMap::new(), task }
@@ -216,6 +238,7 @@ impl Agent {
         for name in &update.removed {
             self.state.remove(&(update.type_url, name.clone()));
         }
+        self.node.seen.send_if_modified(|seen| seen.merge(&update.seen));
         let digest = digest(&update);
         update.ack();
         digest

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod access;
+mod behind;
 mod harness;
 mod resume;
 mod sync;
