@@ -18,8 +18,8 @@ use std::{
 
 use socket2::SockRef;
 use tokio::{
-    sync::{OwnedSemaphorePermit, mpsc, watch},
-    task::{AbortHandle, LocalSet, spawn_local},
+    sync::{OwnedSemaphorePermit, mpsc, oneshot, watch},
+    task::{LocalSet, spawn_local},
 };
 use tracing::{error, warn};
 use weft_core::TUNNEL_PORT;
@@ -125,14 +125,14 @@ pub struct Worker {
 
 impl Worker {
     async fn run(self: Rc<Self>, mut inbox: mpsc::UnboundedReceiver<Command>) {
-        let mut listeners: HashMap<u64, AbortHandle> = HashMap::new();
+        let mut listeners: HashMap<u64, oneshot::Sender<()>> = HashMap::new();
         let mut draining = self.shared.draining.clone();
         loop {
             let command = tokio::select! {
                 command = inbox.recv() => command,
                 Ok(_) = draining.wait_for(|d| *d), if !listeners.is_empty() => {
                     // Closing a listener empties its slot unless a successor has already put its own there.
-                    listeners.drain().for_each(|(_, task)| task.abort());
+                    listeners.clear();
                     self.pool.retire_all();
                     continue;
                 }
@@ -140,15 +140,12 @@ impl Worker {
             match command {
                 Some(Command::Listen(pod, listener)) => {
                     let cookie = pod.kernel.cookie();
-                    let task = spawn_local(self.clone().accept(pod, listener)).abort_handle();
-                    if let Some(old) = listeners.insert(cookie, task) {
-                        old.abort();
-                    }
+                    let (keep, stopped) = oneshot::channel();
+                    spawn_local(self.clone().accept(pod, listener, stopped));
+                    listeners.insert(cookie, keep);
                 }
                 Some(Command::Unlisten(cookie)) => {
-                    if let Some(task) = listeners.remove(&cookie) {
-                        task.abort();
-                    }
+                    listeners.remove(&cookie);
                     self.pool.retire(cookie);
                 }
                 Some(Command::Serve(accepted)) => self.spawn(accepted),
@@ -157,36 +154,70 @@ impl Worker {
         }
     }
 
-    async fn accept(self: Rc<Self>, pod: Arc<PodHandle>, listener: TcpListener) {
+    /// Accepts connections until `stopped` or its sender's end.
+    async fn accept(
+        self: Rc<Self>,
+        pod: Arc<PodHandle>,
+        listener: TcpListener,
+        stopped: oneshot::Receiver<()>,
+    ) {
         let listener = match tokio::net::TcpListener::from_std(listener) {
             Ok(listener) => listener,
             Err(error) => return error!(uid = %pod.uid, %error, "listener cannot be used"),
         };
+        tokio::select! {
+            () = self.accept_all(&pod, &listener) => {}
+            _ = stopped => {}
+        }
+        // What the kernel has established and nobody has accepted would be reset with the listener.
+        let Ok(listener) = listener.into_std() else { return };
+        while let (Ok(permit), Ok((stream, from))) =
+            (pod.permits.clone().try_acquire_owned(), listener.accept())
+        {
+            if stream.set_nonblocking(true).is_ok() {
+                self.accepted(&pod, permit, stream, from);
+            }
+        }
+    }
+
+    async fn accept_all(self: &Rc<Self>, pod: &Arc<PodHandle>, listener: &tokio::net::TcpListener) {
         loop {
             let Ok(permit) = pod.permits.clone().acquire_owned().await else { return };
-            let (stream, from) = match listener.accept().await {
-                Ok(accepted) => accepted,
+            match listener.accept().await {
+                Ok((stream, from)) => {
+                    if let Ok(stream) = stream.into_std() {
+                        self.accepted(pod, permit, stream, from);
+                    }
+                }
                 Err(error) => {
                     if !matches!(error.kind(), io::ErrorKind::ConnectionAborted | io::ErrorKind::Interrupted)
                     {
                         warn!(uid = %pod.uid, %error, "accept");
                         tokio::time::sleep(ACCEPT_PAUSE).await;
                     }
-                    continue;
                 }
-            };
-            // Until both directions have ended well, an end is a reset: a killed agent must not fake an end of file.
-            let _ = SockRef::from(&stream).set_linger(Some(Duration::ZERO));
-            let Ok(to) = stream.local_addr() else { continue };
-            let Ok(stream) = stream.into_std() else { continue };
-            let (from, to) = (canonical(from), canonical(to));
-            let accepted = Accepted { pod: pod.clone(), stream, permit, from, to };
-            match self.deal(&accepted) {
-                index if index == self.index => self.spawn(accepted),
-                index => {
-                    if self.mailboxes[index].send(Command::Serve(accepted)).is_err() {
-                        error!(worker = index, "worker has ended");
-                    }
+            }
+        }
+    }
+
+    /// Gives a connection to the worker that is to serve it.
+    fn accepted(
+        self: &Rc<Self>,
+        pod: &Arc<PodHandle>,
+        permit: OwnedSemaphorePermit,
+        stream: TcpStream,
+        from: SocketAddr,
+    ) {
+        // Until both directions have ended well, an end is a reset: a killed agent must not fake an end of file.
+        let _ = SockRef::from(&stream).set_linger(Some(Duration::ZERO));
+        let Ok(to) = stream.local_addr() else { return };
+        let (from, to) = (canonical(from), canonical(to));
+        let accepted = Accepted { pod: pod.clone(), stream, permit, from, to };
+        match self.deal(&accepted) {
+            index if index == self.index => self.spawn(accepted),
+            index => {
+                if self.mailboxes[index].send(Command::Serve(accepted)).is_err() {
+                    error!(worker = index, "worker has ended");
                 }
             }
         }
