@@ -1,0 +1,34 @@
+//! How a rotation of the mesh's root of trust goes on, as the controller shows it beside the roots' certificates: in
+//! `status.json` of the ConfigMap `weft-root`, or in `trust-status.json` of its state directory.
+
+use serde::{Deserialize, Serialize};
+
+/// Annotation of the ConfigMap `weft-root`. Another value than before asks for a rotation.
+pub const ROTATE_ROOT: &str = "weft.dev/rotate-root";
+
+/// Where a rotation is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Phase {
+    /// There is one root.
+    Steady,
+    /// Another one is believed beside it, and signs nothing yet.
+    Announced,
+    /// The other one signs, and the old one is still believed.
+    Retiring,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct TrustStatus {
+    /// Grows with every change.
+    pub serial: u64,
+    pub phase: Phase,
+    /// Unix time of the last change, in seconds.
+    pub changed_at: u64,
+    /// The last request for a rotation that was obeyed, in its words.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub obeyed: Option<String>,
+    /// Nodes that have not followed the last change yet.
+    pub waiting_for: Vec<String>,
+}
