@@ -282,36 +282,21 @@ pub fn until_rotated(state: &StateDir, request: &str) -> anyhow::Result<()> {
         let text =
             state.read(STATUS_FILE)?.context("the controller has never run with this state directory")?;
         let status: TrustStatus = serde_json::from_slice(&text).context(STATUS_FILE)?;
-        if status.obeyed.as_deref() == Some(request) && status.phase == Phase::Steady {
+        if status.has_done(request) {
             eprintln!("done: there is one root, the new one");
             return Ok(());
         }
-        if last.as_ref() != Some(&status) {
-            eprintln!("{}", in_words(&status, request));
-            last = Some(status);
-        } else if started.elapsed() > PATIENCE && last.as_ref().is_some_and(|s| s.phase == Phase::Steady) {
+        let is_idle = status.phase == Phase::Steady;
+        if is_idle && started.elapsed() > PATIENCE {
             anyhow::bail!(
                 "no controller has taken the request up; one that starts with this state directory will"
             );
         }
+        if !is_idle && last.as_ref() != Some(&status) {
+            eprintln!("{status}");
+            last = Some(status);
+        }
         std::thread::sleep(LOOK);
-    }
-}
-
-fn in_words(status: &TrustStatus, request: &str) -> String {
-    let phase = match status.phase {
-        Phase::Steady => "waiting for the controller",
-        Phase::Announced => "a new root is announced to the nodes",
-        Phase::Retiring => "the new root signs, and the old one is still believed",
-    };
-    let before = if status.phase != Phase::Steady && status.obeyed.as_deref() != Some(request) {
-        "an earlier rotation goes on: "
-    } else {
-        ""
-    };
-    match status.waiting_for.as_slice() {
-        [] => format!("{before}{phase}"),
-        nodes => format!("{before}{phase}; waiting for {}", nodes.join(", ")),
     }
 }
 

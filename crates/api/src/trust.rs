@@ -32,3 +32,25 @@ pub struct TrustStatus {
     /// Nodes that have not followed the last change yet.
     pub waiting_for: Vec<String>,
 }
+
+impl TrustStatus {
+    /// Whether the rotation that was asked for in these words is over.
+    pub fn has_done(&self, request: &str) -> bool {
+        self.phase == Phase::Steady && self.obeyed.as_deref() == Some(request)
+    }
+}
+
+/// In one line, for people.
+impl std::fmt::Display for TrustStatus {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self.phase {
+            Phase::Steady => "there is one root",
+            Phase::Announced => "a new root is announced to the nodes",
+            Phase::Retiring => "the new root signs, and the old one is still believed",
+        })?;
+        match self.waiting_for.as_slice() {
+            [] => Ok(()),
+            nodes => write!(f, "; waiting for {}", nodes.join(", ")),
+        }
+    }
+}

@@ -9,11 +9,13 @@ use anyhow::{Context as _, Result, bail, ensure};
 use weft_api::trust::Phase;
 use weft_testbed::cluster::Builder;
 use weft_testbed::evidence::TUNNEL_PORT;
+use weft_testbed::kubernetes::KubeCluster;
 use weft_testbed::poll::{pause, until};
 use weft_testbed::sockets::ask;
 use weft_testbed::traffic::Traffic;
 use weft_testbed::{Cluster, Moment, Place};
 
+use crate::kubernetes::{self, Calls};
 use crate::rogue::{Forged, Rogue, SignedBy};
 use crate::runner::Scenario;
 use crate::shop::{Shop, marker};
@@ -136,6 +138,35 @@ fn waits(cluster: Builder) -> Result<()> {
     let after = roots(&shop.cluster)?;
     ensure!(after.len() == 1 && after != before, "the old root is still believed");
     shop.check_echo("with the new root")
+}
+
+/// By command in a cluster with two replicas of the controller, while `url` is called. There are no callers but agents, so the
+/// overlap that is for others is set to nothing.
+pub fn in_a_cluster(kube: &KubeCluster, url: &str) -> Result<()> {
+    let control = "deployment/weft-control";
+    kube.kubectl(["set", "env", "-n", "weft-system", control, "WEFT_ROOT_OVERLAP=0s"])?;
+    kubernetes::rolled_out(kube)?;
+    let status = || -> Result<serde_json::Value> {
+        let output = kubernetes::weft(kube, &["root", "status", "-o", "json"])?;
+        ensure!(output.status.success(), "weft root status: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(serde_json::from_slice(&output.stdout)?)
+    };
+    let before = status()?;
+    let traffic = Calls::start(kube, url)?;
+    let output = kubernetes::weft(kube, &["root", "rotate"])?;
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(output.status.success(), "weft root rotate: {told}");
+    let (calls, failed) = traffic.stop(kube)?;
+    ensure!(calls > 20 && failed == 0, "{failed} of {calls} calls failed while the root was replaced");
+    for part in ["is announced", "the new root signs", "done"] {
+        ensure!(told.contains(part), "the command says nothing of {part:?}: {told}");
+    }
+    let after = status()?;
+    let root = |status: &serde_json::Value| status["roots"][0]["serialNumber"].clone();
+    let (count, phase) = (after["roots"].as_array().map(Vec::len), &after["phase"]);
+    ensure!(count == Some(1) && phase == "steady", "after it there is {after}");
+    ensure!(root(&after) != root(&before), "it is the same root as before");
+    Ok(())
 }
 
 /// The certificates that are published, in PEM.
