@@ -86,6 +86,9 @@ pub async fn run(arguments: &Arguments) -> Result<ExitCode> {
 async fn rotate(target: &Target, no_wait: bool) -> Result<()> {
     let cluster = Cluster::connect(target.context.as_deref()).await?;
     let before = Shown::read(&cluster, target).await?.status;
+    if before.given {
+        bail!("the root is given to the controller (the Secret weft-issuer): put another one there");
+    }
     if before.phase != Phase::Steady {
         bail!("a rotation is under way: {before}. `weft root status` shows how it goes on");
     }

@@ -175,7 +175,10 @@ impl Authority {
             .signer
             .sign(&request.public_key, name, Usage::Peer, ttl.unwrap_or(most).min(most), SystemTime::now())
             .map_err(signing)?;
-        Ok((identity, vec![leaf.pem(), trust.authorities.pem().to_owned()]))
+        let authorities = &trust.authorities;
+        let between = Some(authorities.signer.chain_pem()).filter(|chain| !chain.is_empty());
+        let certificates = [Some(leaf.pem()), between.map(str::to_owned), Some(authorities.pem().to_owned())];
+        Ok((identity, certificates.into_iter().flatten().collect()))
     }
 
     /// Whether the agent of `node` may speak for `identity`.

@@ -16,7 +16,7 @@ use weft_core::TrustDomain;
 
 use crate::{
     translate::{Inbound, MeshSettings},
-    trust::Rotation,
+    trust::{Rotation, given::Given},
 };
 
 const EXAMPLES: &str = "\
@@ -148,6 +148,11 @@ struct Flags {
     /// [default: true]
     #[arg(long, env = "WEFT_MESH_ENABLED", value_name = "BOOL")]
     mesh_enabled: Option<bool>,
+    /// Directory with the root that is to sign, or an intermediate under one, instead of a root that the controller makes:
+    /// tls.crt (the certificate that signs, then those above it), tls.key, and ca.crt (the root, unless it is the last one in
+    /// tls.crt). Another one that is put there is taken in as a rotation.
+    #[arg(long, env = "WEFT_ISSUER", value_name = "DIR")]
+    issuer: Option<PathBuf>,
     /// Age at which the root of trust is replaced by a new one: a number and s, m, h or d; 0s for never. [default: 365d]
     #[arg(long, env = "WEFT_ROTATE_ROOT_AFTER", value_name = "DURATION")]
     rotate_root_after: Option<String>,
@@ -171,6 +176,7 @@ pub struct Config {
     pub log: String,
     pub mesh: MeshSettings,
     pub rotation: Rotation,
+    pub issuer: Option<Given>,
 }
 
 /// Where objects are read, and where what must survive a restart is kept.
@@ -238,6 +244,7 @@ impl Flags {
             default_inbound: self.default_inbound.or(other.default_inbound),
             inbound_floor: self.inbound_floor.or(other.inbound_floor),
             mesh_enabled: self.mesh_enabled.or(other.mesh_enabled),
+            issuer: self.issuer.or(other.issuer),
             rotate_root_after: self.rotate_root_after.or(other.rotate_root_after),
             root_overlap: self.root_overlap.or(other.root_overlap),
             log: self.log.or(other.log),
@@ -298,6 +305,9 @@ impl Flags {
         };
         let after = duration("--rotate-root-after", self.rotate_root_after, ROTATE_AFTER)?;
         let overlap = if in_directory { Duration::ZERO } else { OVERLAP };
+        let issuer = self.issuer.filter(|directory| !directory.as_os_str().is_empty());
+        let issuer =
+            issuer.map(|directory| Given { directory, trust_domain: mesh.trust_domain.as_str().to_owned() });
         let rotation = Rotation {
             after: (!after.is_zero()).then_some(after),
             overlap: duration("--root-overlap", self.root_overlap, overlap)?,
@@ -310,6 +320,7 @@ impl Flags {
             metrics_listen: port(self.metrics_listen, 15020),
             ready_listen: port(self.ready_listen, 15021),
             log: text(self.log, "info"),
+            issuer,
             mesh,
             rotation,
         })

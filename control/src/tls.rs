@@ -107,7 +107,8 @@ fn certify(root: &Root) -> Result<CertifiedKey, TlsError> {
     let (leaf, _) = root.sign(&key, name, Usage::Server, LIFETIME, SystemTime::now())?;
     let private = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
     let signer = aws_lc_rs::sign::any_supported_type(&private)?;
-    Ok(CertifiedKey::new(vec![leaf.der().clone(), root.der().clone()], signer))
+    let chain = [leaf.der().clone()].into_iter().chain(root.chain().iter().cloned());
+    Ok(CertifiedKey::new(chain.chain([root.der().clone()]).collect(), signer))
 }
 
 /// Connections that finished their handshake.

@@ -105,15 +105,14 @@ fn root(namespace: &str, map: &Result<Option<Value>, String>, now: f64) -> Vec<C
 fn rotation(map: &Value, now: f64) -> Check {
     let status: Option<TrustStatus> =
         map["data"]["status.json"].as_str().and_then(|text| serde_json::from_str(text).ok());
-    let late = status.filter(|status| now - status.changed_at as f64 > LATE);
+    let is_late = |status: &TrustStatus| {
+        (!status.waiting_for.is_empty() && now - status.changed_at as f64 > LATE) || status.problem.is_some()
+    };
     Check::of(
         Outcome::Warning,
         "no rotation of the root is held up",
-        late.filter(|status| !status.waiting_for.is_empty())
-            .map(|status| status.to_string())
-            .into_iter()
-            .collect(),
-        "their agents do not follow; a node that is gone for good holds it up until its Node object is deleted, or for a day",
+        status.filter(is_late).map(|status| status.to_string()).into_iter().collect(),
+        "see `weft root status`; a node that is gone for good holds it up until its Node object is deleted, or for a day",
     )
 }
 

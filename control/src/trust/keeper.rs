@@ -10,7 +10,7 @@ use anyhow::Context;
 use tokio::sync::{mpsc, watch};
 use weft_api::trust::{Phase, TrustStatus};
 
-use super::{Authorities, Circumstances, Record, Rotation, Settled};
+use super::{Authorities, Circumstances, Pair, Record, Rotation, Settled, given::Given};
 use crate::{
     cluster::{ClusterError, authority, bounded, patiently},
     controller::Input,
@@ -80,6 +80,8 @@ pub enum TrustError {
     Cluster(#[from] ClusterError),
     #[error("{what} is not usable: {why}")]
     Unfit { what: String, why: String },
+    #[error("the mesh's issuer: {0}")]
+    Given(String),
 }
 
 /// The record as it was read.
@@ -93,6 +95,10 @@ struct Read {
 pub struct Keeper {
     place: Place,
     rotation: Rotation,
+    /// Where somebody else puts what is to sign.
+    given: Option<Given>,
+    /// Why that is not taken.
+    problem: Option<String>,
     organization: String,
     record: Record,
     /// Since when it is that.
@@ -111,6 +117,7 @@ impl Keeper {
     pub async fn open(
         place: Place,
         rotation: Rotation,
+        given: Option<Given>,
         organization: &str,
         metrics: Metrics,
     ) -> Result<(Self, Trust), TrustError> {
@@ -118,7 +125,11 @@ impl Keeper {
         let record = match place.read_at_start().await? {
             Some(read) => read.record,
             None => {
-                let new = Record::new(organization, SystemTime::now()).map_err(unfit)?;
+                let now = SystemTime::now();
+                let new = match &given {
+                    None => Record::new(organization, now).map_err(unfit)?,
+                    Some(given) => Record::of(given.read().map_err(TrustError::Given)?, now),
+                };
                 place.create(&new).await?
             }
         };
@@ -129,6 +140,8 @@ impl Keeper {
         let mut keeper = Self {
             place,
             rotation,
+            given,
+            problem: None,
             organization,
             record,
             since: Instant::now(),
@@ -184,9 +197,11 @@ impl Keeper {
         });
         let Some(settled) = settled else { return Ok(()) };
         if leading {
+            let given = self.take_given();
             let circumstances = Circumstances {
                 rotation: &self.rotation,
                 request: self.request.as_deref(),
+                given: given.as_ref(),
                 settled,
                 since: self.since.elapsed(),
             };
@@ -200,6 +215,17 @@ impl Keeper {
         }
         self.tell(settled);
         self.publish(settled, leading).await
+    }
+
+    /// What was given, if it is fit; else what signs goes on to sign, and everybody is told why.
+    fn take_given(&mut self) -> Option<Pair> {
+        let read = self.given.as_ref()?.read();
+        let problem = read.as_ref().err().cloned();
+        if let Some(problem) = problem.as_ref().filter(|problem| self.problem.as_ref() != Some(problem)) {
+            tracing::error!(target: "trust", "what is to sign for the mesh is not taken: {problem}");
+        }
+        self.problem = problem;
+        Some(read.unwrap_or_else(|_| self.record.signer.clone()))
     }
 
     fn unfit(&self, why: String) -> TrustError {
@@ -228,7 +254,8 @@ impl Keeper {
 
     /// Shows the bundle and the status, unless they are there already; and sees whether somebody wants a rotation.
     async fn publish(&mut self, settled: &Settled, leading: bool) -> Result<(), TrustError> {
-        let status = self.record.status(settled);
+        let (given, problem) = (self.given.is_some(), self.problem.clone());
+        let status = TrustStatus { given, problem, ..self.record.status(settled) };
         let authorities = self.current.borrow().authorities.clone();
         self.request = match &self.place {
             Place::Directory(state) if self.status.as_ref() == Some(&status) => request_in(state)?,
@@ -296,6 +323,7 @@ pub fn until_rotated(state: &StateDir, request: &str) -> anyhow::Result<()> {
             eprintln!("{status}");
             last = Some(status);
         }
+        #[allow(clippy::disallowed_methods, reason = "a command without a runtime")]
         std::thread::sleep(LOOK);
     }
 }

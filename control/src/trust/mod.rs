@@ -18,6 +18,7 @@
 //! [`ca`]: crate::ca
 //! [`tls`]: crate::tls
 
+pub mod given;
 pub mod keeper;
 pub mod root;
 
@@ -54,12 +55,15 @@ pub struct Rotation {
     pub overlap: Duration,
 }
 
-/// A root's certificate and key, in PEM.
+/// A root's certificate and the key that signs, in PEM.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Pair {
     certificate: String,
     key: String,
+    /// The certificates between what is signed and the root, that of the key first; empty where it is the root's own.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    chain: String,
 }
 
 impl std::fmt::Debug for Pair {
@@ -98,6 +102,8 @@ pub type Settled = BTreeMap<String, u64>;
 pub struct Circumstances<'a> {
     pub rotation: &'a Rotation,
     pub request: Option<&'a str>,
+    /// What is to sign, where that is not of our own making.
+    given: Option<&'a Pair>,
     pub settled: &'a Settled,
     pub since: Duration,
 }
@@ -108,9 +114,12 @@ pub type Unfit = String;
 impl Record {
     /// With a new root of its own.
     pub fn new(organization: &str, now: SystemTime) -> Result<Self, Unfit> {
-        let signer = Pair::generate(organization)?;
+        Ok(Self::of(Pair::generate(organization)?, now))
+    }
+
+    fn of(signer: Pair, now: SystemTime) -> Self {
         let at = unix(now);
-        Ok(Self {
+        Self {
             version: VERSION,
             serial: at,
             changed_at: at,
@@ -118,7 +127,7 @@ impl Record {
             signer,
             next: None,
             previous: None,
-        })
+        }
     }
 
     pub fn parse(text: &[u8]) -> Result<Self, Unfit> {
@@ -153,6 +162,8 @@ impl Record {
             changed_at: self.changed_at,
             obeyed: self.obeyed.clone(),
             waiting_for: self.waiting(settled).map(str::to_owned).collect(),
+            given: false,
+            problem: None,
         }
     }
 
@@ -167,7 +178,7 @@ impl Record {
     /// rotation; each is obeyed once. The record has been there for `since`, by a clock that nobody sets.
     pub fn step(
         &self,
-        Circumstances { rotation, request, settled, since }: &Circumstances<'_>,
+        Circumstances { rotation, request, given, settled, since }: &Circumstances<'_>,
         organization: &str,
         now: SystemTime,
     ) -> Result<Option<(Record, &'static str)>, Unfit> {
@@ -175,9 +186,18 @@ impl Record {
         let late = *since >= rotation.overlap + SETTLE;
         let mut next = self.clone();
         let what = match self.phase() {
+            Phase::Steady if given.is_some_and(|given| *given == self.signer) => return Ok(None),
+            Phase::Steady if given.is_some_and(|given| given.certificate == self.signer.certificate) => {
+                given.cloned().into_iter().for_each(|given| next.signer = given);
+                "another intermediate signs, under the same root"
+            }
+            Phase::Steady if given.is_some() => {
+                next.next = given.cloned();
+                "the root that was given is announced to the nodes"
+            }
             Phase::Steady => {
                 let asked = request.is_some() && *request != self.obeyed.as_deref();
-                let age = Root::from_pem(self.signer.certificate.clone(), &self.signer.key)?.age(now);
+                let age = Root::try_from(&self.signer)?.age(now);
                 if !asked && rotation.after.is_none_or(|after| age < after) {
                     return Ok(None);
                 }
@@ -205,7 +225,7 @@ impl Record {
 impl Pair {
     fn generate(organization: &str) -> Result<Self, Unfit> {
         let (certificate, key) = Root::generate(organization).map_err(|error| error.to_string())?;
-        Ok(Self { certificate, key })
+        Ok(Self { certificate, key, chain: String::new() })
     }
 }
 
@@ -229,10 +249,10 @@ impl TryFrom<&Record> for Authorities {
     type Error = Unfit;
 
     fn try_from(record: &Record) -> Result<Self, Unfit> {
-        let signer = Root::from_pem(record.signer.certificate.clone(), &record.signer.key)?;
+        let signer = Root::try_from(&record.signer)?;
         // So that what is announced can sign when its time comes.
         if let Some(next) = &record.next {
-            Root::from_pem(next.certificate.clone(), &next.key)?;
+            Root::try_from(next)?;
         }
         let others = record.next.iter().map(|next| &next.certificate).chain(&record.previous);
         let mut roots = vec![signer.der().clone()];

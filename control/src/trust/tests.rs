@@ -24,7 +24,7 @@ fn record() -> Record {
 fn step(record: &Record, request: Option<&str>, settled: &Settled, since: u64) -> Option<Record> {
     let rotation = rotation();
     let since = Duration::from_secs(since);
-    let circumstances = Circumstances { rotation: &rotation, request, settled, since };
+    let circumstances = Circumstances { rotation: &rotation, request, given: None, settled, since };
     record.step(&circumstances, "cluster.local", now()).unwrap().map(|(next, _)| next)
 }
 
@@ -83,7 +83,7 @@ fn age_is_a_reason_where_it_is_set() {
     let later = now() + Duration::from_secs(366 * 86400);
     let at = |rotation: &Rotation| {
         let circumstances =
-            Circumstances { rotation, request: None, settled: &settled, since: Duration::ZERO };
+            Circumstances { rotation, request: None, given: None, settled: &settled, since: Duration::ZERO };
         record.step(&circumstances, "cluster.local", later).unwrap().is_some()
     };
     assert!(at(&rotation()));
@@ -107,7 +107,7 @@ fn serials_grow_whatever_the_clock_says() {
     let settled = Settled::new();
     let rotation = rotation();
     let circumstances =
-        Circumstances { rotation: &rotation, request: Some("1"), settled: &settled, since: Duration::ZERO };
+        Circumstances { rotation: &rotation, request: Some("1"), given: None, settled: &settled, since: Duration::ZERO };
     let (next, _) = record.step(&circumstances, "cluster.local", NOW).unwrap().unwrap();
     assert_eq!(next.serial, record.serial + 1);
 }
@@ -123,4 +123,29 @@ fn a_record_is_read_as_it_was_written_or_not_at_all() {
     let mixed =
         Record { signer: Pair { key: record.next.clone().unwrap().key, ..record.signer.clone() }, ..record };
     assert!(Authorities::try_from(&mixed).unwrap_err().contains("does not belong to the key"));
+}
+
+#[test]
+fn a_given_root_is_announced_and_a_given_intermediate_signs_at_once() {
+    let settled = Settled::new();
+    let rotation = rotation();
+    let first = record();
+    let given = |given: Pair, record: &Record, since: u64| {
+        let since = Duration::from_secs(since);
+        let circumstances =
+            Circumstances { rotation: &rotation, request: Some("1"), given: Some(&given), settled: &settled, since };
+        record.step(&circumstances, "cluster.local", now()).unwrap().map(|(next, _)| next)
+    };
+    let theirs = Pair::generate("example.org").unwrap();
+    let announced = given(theirs.clone(), &first, 0).unwrap();
+    assert_eq!((announced.phase(), announced.next.clone()), (Phase::Announced, Some(theirs.clone())));
+    let retiring = given(theirs.clone(), &announced, 80).unwrap();
+    let steady = given(theirs.clone(), &retiring, 80).unwrap();
+    assert_eq!((steady.phase(), steady.signer.clone()), (Phase::Steady, theirs.clone()));
+    // Neither age nor a request concerns it.
+    assert!(given(theirs.clone(), &steady, 9999).is_none());
+    let intermediate = Pair { key: "another".to_owned(), chain: "below".to_owned(), ..theirs };
+    let signs = given(intermediate.clone(), &steady, 0).unwrap();
+    assert_eq!((signs.phase(), signs.signer.clone()), (Phase::Steady, intermediate));
+    assert!(signs.serial > steady.serial);
 }

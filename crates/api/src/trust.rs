@@ -31,6 +31,12 @@ pub struct TrustStatus {
     pub obeyed: Option<String>,
     /// Nodes that have not followed the last change yet.
     pub waiting_for: Vec<String>,
+    /// The controller does not make roots itself: another one comes from whoever gives it.
+    #[serde(default)]
+    pub given: bool,
+    /// Why what was given is not taken.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
 }
 
 impl TrustStatus {
@@ -48,9 +54,12 @@ impl std::fmt::Display for TrustStatus {
             Phase::Announced => "a new root is announced to the nodes",
             Phase::Retiring => "the new root signs, and the old one is still believed",
         })?;
-        match self.waiting_for.as_slice() {
-            [] => Ok(()),
-            nodes => write!(f, "; waiting for {}", nodes.join(", ")),
+        if !self.waiting_for.is_empty() {
+            write!(f, "; waiting for {}", self.waiting_for.join(", "))?;
+        }
+        match &self.problem {
+            None => Ok(()),
+            Some(problem) => write!(f, "; what was given is not taken: {problem}"),
         }
     }
 }

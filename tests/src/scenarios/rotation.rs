@@ -2,10 +2,12 @@
 
 use std::io::Write as _;
 use std::net::TcpStream;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose};
 use weft_api::trust::Phase;
 use weft_testbed::cluster::Builder;
 use weft_testbed::evidence::TUNNEL_PORT;
@@ -31,6 +33,12 @@ pub const SCENARIOS: &[Scenario] = &[
         "rotation_waits",
         "nothing is signed by a root that a node does not believe yet, and whom that waits for is said",
         waits,
+    )
+    .within(240),
+    Scenario::new(
+        "rotation_given",
+        "a root that somebody else made signs, another one takes its place, and an unfit one does not",
+        given,
     )
     .within(240),
 ];
@@ -138,6 +146,103 @@ fn waits(cluster: Builder) -> Result<()> {
     let after = roots(&shop.cluster)?;
     ensure!(after.len() == 1 && after != before, "the old root is still believed");
     shop.check_echo("with the new root")
+}
+
+fn given(cluster: Builder) -> Result<()> {
+    let files = Files::new()?;
+    files.write(&Authority::root()?, None)?;
+    let shop = Shop::open_enrolled(cluster.control_flag("--issuer").control_flag(&files.0.to_string_lossy()))?;
+    let controller = shop.cluster.controller();
+    let legacy = shop.cluster.outside("legacy")?;
+    let first = roots(&shop.cluster)?;
+    ensure!(first == [files.read("tls.crt")?], "another root is believed than the one that was given");
+    let former = Former { issuer: Arc::new(controller.issuer()?), shop: &shop, place: &legacy };
+    ensure!(former.connect()? == 200, "its certificate is refused");
+
+    // One that does not fit its root changes nothing, and the reason can be read.
+    let (root, other) = (Authority::root()?, Authority::root()?);
+    files.write(&root.intermediate()?, Some(&other))?;
+    until(NEWS, "it is said why what was given is not taken", || {
+        let problem = controller.trust_status()?.problem.context("there is no problem")?;
+        Ok(problem.contains("signs nothing that is believed"))
+    })?;
+    ensure!(roots(&shop.cluster)? == first, "a root that does not fit is believed");
+
+    // An intermediate under another root, under load; then another intermediate under the same root.
+    let traffic = Traffic::start(&shop.client, &shop.echoes(), "given", Duration::from_millis(5));
+    files.write(&root.intermediate()?, Some(&root))?;
+    let rotated = || -> Result<bool> {
+        let status = controller.trust_status()?;
+        Ok(status.phase == Phase::Steady && status.problem.is_none() && roots(&shop.cluster)? != first)
+    };
+    until(ROTATION, "the other root has taken its place", rotated)?;
+    ensure!(roots(&shop.cluster)? == [root.pem.clone()], "another root is believed than the one that was given");
+    let serial = controller.trust_status()?.serial;
+    files.write(&root.intermediate()?, Some(&root))?;
+    until(NEWS, "another intermediate signs", || Ok(controller.trust_status()?.serial > serial))?;
+    traffic.wait_for_success(&shop.echoes(), 100, NEWS)?;
+    let calls = traffic.stop();
+    let failed: Vec<_> = calls.iter().filter(|call| call.error.is_some()).collect();
+    ensure!(failed.is_empty(), "{} of {} connections failed: {:?}", failed.len(), calls.len(), failed.first());
+    former.must_be_refused()
+}
+
+/// The files of an issuer.
+struct Files(PathBuf);
+
+impl Files {
+    fn new() -> Result<Files> {
+        let path = std::env::temp_dir().join(format!("weft-issuer-{}", std::process::id()));
+        std::fs::create_dir_all(&path)?;
+        Ok(Files(path))
+    }
+
+    /// The key comes last, as when somebody copies them one after the other.
+    fn write(&self, signs: &Authority, root: Option<&Authority>) -> Result<()> {
+        if let Some(root) = root {
+            std::fs::write(self.0.join("ca.crt"), &root.pem)?;
+        }
+        std::fs::write(self.0.join("tls.crt"), &signs.pem)?;
+        Ok(std::fs::write(self.0.join("tls.key"), signs.key.serialize_pem())?)
+    }
+
+    fn read(&self, name: &str) -> Result<String> {
+        Ok(std::fs::read_to_string(self.0.join(name))?)
+    }
+}
+
+impl Drop for Files {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+/// Somebody else's.
+struct Authority {
+    pem: String,
+    key: KeyPair,
+    params: CertificateParams,
+}
+
+impl Authority {
+    fn params(name: &str) -> CertificateParams {
+        let mut params = CertificateParams::default();
+        params.distinguished_name.push(DnType::CommonName, name);
+        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign];
+        params
+    }
+
+    fn root() -> Result<Authority> {
+        let (params, key) = (Self::params("Example root"), KeyPair::generate()?);
+        Ok(Authority { pem: params.self_signed(&key)?.pem().replace("\r\n", "\n"), key, params })
+    }
+
+    fn intermediate(&self) -> Result<Authority> {
+        let (params, key) = (Self::params("Example intermediate"), KeyPair::generate()?);
+        let pem = params.signed_by(&key, &Issuer::from_params(&self.params, &self.key))?.pem();
+        Ok(Authority { pem, key, params })
+    }
 }
 
 /// By command in a cluster with two replicas of the controller, while `url` is called. There are no callers but agents, so the
