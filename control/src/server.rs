@@ -153,7 +153,8 @@ async fn from_directory(
     let settings = &config.mesh;
     let organization = settings.trust_domain.as_str();
     let place = Place::Directory(state.clone());
-    let (keeper, trust) = Keeper::open(place, config.rotation, config.issuer.clone(), organization, metrics.clone()).await?;
+    let (keeper, trust) =
+        Keeper::open(place, config.rotation, config.issuer.clone(), organization, metrics.clone()).await?;
     let authenticator = Authenticator::join_tokens(TokenKey::load_or_create(&state)?, metrics.clone());
     let directory = Directory::open(directory)?;
     let enrollment = Enrollment::load(state)?;
@@ -183,7 +184,8 @@ async fn from_cluster(
     tracing::info!(target: "cluster", namespace, "configured by the API server");
     let organization = settings.trust_domain.as_str();
     let place = Place::Cluster { client: client.clone(), namespace: namespace.clone() };
-    let (keeper, trust) = Keeper::open(place, config.rotation, config.issuer.clone(), organization, metrics.clone()).await?;
+    let (keeper, trust) =
+        Keeper::open(place, config.rotation, config.issuer.clone(), organization, metrics.clone()).await?;
 
     let authenticator = Authenticator::reviews(Reviewer::new(client.clone(), &namespace), metrics.clone());
     let enrollment = Enrollment::in_cluster(Records::new(client.clone()));

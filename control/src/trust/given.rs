@@ -12,7 +12,12 @@ use rustls::{
     server::WebPkiClientVerifier,
 };
 
-use super::{Pair, Unfit, root::{Root, Usage}};
+use x509_parser::prelude::{FromDer, X509Certificate};
+
+use super::{
+    Pair, Unfit,
+    root::{Root, Usage},
+};
 use crate::ca::MAX_TTL;
 
 /// The certificate that signs, then those between it and the root.
@@ -48,11 +53,13 @@ impl Given {
             Some(roots) => blocks(&roots),
             None => chain.last().cloned().into_iter().collect(),
         };
+        let roots: Vec<String> = roots.into_iter().filter(|root| is_self_issued(root)).collect();
         let last = chain.last().cloned().unwrap_or_default();
         if roots.contains(&last) {
             chain.pop();
         }
-        let mut why = complain(ROOTS, "holds no certificate".to_owned());
+        let mut why =
+            format!("there is no root, neither in {ROOTS} nor at the end of {}", path(CERTIFICATE).display());
         for root in roots {
             let pair = Pair { certificate: root, key: key.clone(), chain: chain.concat() };
             match self.judge(&pair) {
@@ -90,11 +97,19 @@ impl Given {
             // The chain is judged first; that there is no DNS name in it is as it should be.
             Ok(_) => Ok(()),
             Err(rustls::Error::InvalidCertificate(
-                rustls::CertificateError::NotValidForName | rustls::CertificateError::NotValidForNameContext { .. },
+                rustls::CertificateError::NotValidForName
+                | rustls::CertificateError::NotValidForNameContext { .. },
             )) => Ok(()),
             Err(error) => Err(refused(error)),
         }
     }
+}
+
+/// Whether a certificate names itself as its issuer, as a root does.
+fn is_self_issued(pem: &str) -> bool {
+    let ders = ders(pem).unwrap_or_default();
+    let parsed = ders.first().and_then(|der| X509Certificate::from_der(der).ok());
+    parsed.is_some_and(|(_, certificate)| certificate.subject() == certificate.issuer())
 }
 
 /// The certificates in a text, each in PEM.
@@ -107,13 +122,16 @@ fn blocks(text: &str) -> Vec<String> {
 
 /// Certificates in PEM as DER.
 pub(super) fn ders(pem: &str) -> Result<Vec<CertificateDer<'static>>, Unfit> {
-    CertificateDer::pem_slice_iter(pem.as_bytes()).collect::<Result<_, _>>().map_err(|error| error.to_string())
+    CertificateDer::pem_slice_iter(pem.as_bytes())
+        .collect::<Result<_, _>>()
+        .map_err(|error| error.to_string())
 }
 
 #[cfg(test)]
 mod tests {
     use rcgen::{
-        BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyUsagePurpose, NameConstraints, GeneralSubtree,
+        BasicConstraints, CertificateParams, DnType, GeneralSubtree, IsCa, Issuer, KeyUsagePurpose,
+        NameConstraints,
     };
     use time::OffsetDateTime;
 
@@ -167,11 +185,17 @@ mod tests {
         assert_eq!(pair, read(&root.pem, &root.key, Some(&root.pem)).unwrap());
         let signs = under(&root, |_| {});
         let both = format!("{}{}", signs.pem, root.pem);
-        for (certificate, roots) in
-            [(&both, None), (&both, Some(&root.pem)), (&signs.pem, Some(&root.pem)), (&signs.pem, Some(&both))]
-        {
+        for (certificate, roots) in [
+            (&both, None),
+            (&both, Some(&root.pem)),
+            (&signs.pem, Some(&root.pem)),
+            (&signs.pem, Some(&both)),
+        ] {
             let pair = read(certificate, &signs.key, roots.map(String::as_str)).unwrap();
-            assert_eq!((blocks(&pair.certificate), blocks(&pair.chain)), (blocks(&root.pem), blocks(&signs.pem)));
+            assert_eq!(
+                (blocks(&pair.certificate), blocks(&pair.chain)),
+                (blocks(&root.pem), blocks(&signs.pem))
+            );
         }
     }
 
@@ -189,15 +213,17 @@ mod tests {
         refused(read(&no_ca.pem, &no_ca.key, None), "is not the certificate of an authority");
         let short = root(|params| params.not_after = soon);
         refused(read(&short.pem, &short.key, None), "expires within a day");
-        let past = under(&good, |params| params.not_after = OffsetDateTime::now_utc() - time::Duration::days(1));
+        let past =
+            under(&good, |params| params.not_after = OffsetDateTime::now_utc() - time::Duration::days(1));
         refused(read(&past.pem, &past.key, Some(&good.pem)), "has expired");
         let stranger = root(|_| {});
         let signs = under(&good, |_| {});
         refused(read(&signs.pem, &signs.key, Some(&stranger.pem)), "signs nothing that is believed");
-        refused(read(&signs.pem, &signs.key, None), "signs nothing that is believed");
+        refused(read(&signs.pem, &signs.key, None), "there is no root");
         let elsewhere = under(&good, |params| {
             let permitted = vec![GeneralSubtree::DnsName("elsewhere.example".to_owned())];
-            params.name_constraints = Some(NameConstraints { permitted_subtrees: permitted, excluded_subtrees: Vec::new() });
+            params.name_constraints =
+                Some(NameConstraints { permitted_subtrees: permitted, excluded_subtrees: Vec::new() });
             params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         });
         // Constraints of DNS names say nothing of URIs.

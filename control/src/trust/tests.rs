@@ -106,8 +106,13 @@ fn serials_grow_whatever_the_clock_says() {
     record.serial += 1000;
     let settled = Settled::new();
     let rotation = rotation();
-    let circumstances =
-        Circumstances { rotation: &rotation, request: Some("1"), given: None, settled: &settled, since: Duration::ZERO };
+    let circumstances = Circumstances {
+        rotation: &rotation,
+        request: Some("1"),
+        given: None,
+        settled: &settled,
+        since: Duration::ZERO,
+    };
     let (next, _) = record.step(&circumstances, "cluster.local", NOW).unwrap().unwrap();
     assert_eq!(next.serial, record.serial + 1);
 }
@@ -132,8 +137,13 @@ fn a_given_root_is_announced_and_a_given_intermediate_signs_at_once() {
     let first = record();
     let given = |given: Pair, record: &Record, since: u64| {
         let since = Duration::from_secs(since);
-        let circumstances =
-            Circumstances { rotation: &rotation, request: Some("1"), given: Some(&given), settled: &settled, since };
+        let circumstances = Circumstances {
+            rotation: &rotation,
+            request: Some("1"),
+            given: Some(&given),
+            settled: &settled,
+            since,
+        };
         record.step(&circumstances, "cluster.local", now()).unwrap().map(|(next, _)| next)
     };
     let theirs = Pair::generate("example.org").unwrap();

@@ -313,7 +313,10 @@ fn check_records(kube: &KubeCluster) -> Result<()> {
                 let text = kube.kubectl(["get", object.as_str(), "-o", "jsonpath={.status}"])?;
                 let mut status: serde_json::Value = serde_json::from_str(&text)?;
                 let trust = status.as_object_mut().and_then(|status| status.remove("trustSerial"));
-                ensure!(trust.is_some_and(|serial| serial.as_u64() > Some(0)), "its roots are not written down");
+                ensure!(
+                    trust.is_some_and(|serial| serial.as_u64() > Some(0)),
+                    "its roots are not written down"
+                );
                 let expected = serde_json::json!({
                     "enrolledPods": 1,
                     "failedPods": 0,

@@ -151,7 +151,8 @@ fn waits(cluster: Builder) -> Result<()> {
 fn given(cluster: Builder) -> Result<()> {
     let files = Files::new()?;
     files.write(&Authority::root()?, None)?;
-    let shop = Shop::open_enrolled(cluster.control_flag("--issuer").control_flag(&files.0.to_string_lossy()))?;
+    let shop =
+        Shop::open_enrolled(cluster.control_flag("--issuer").control_flag(&files.0.to_string_lossy()))?;
     let controller = shop.cluster.controller();
     let legacy = shop.cluster.outside("legacy")?;
     let first = roots(&shop.cluster)?;
@@ -176,14 +177,23 @@ fn given(cluster: Builder) -> Result<()> {
         Ok(status.phase == Phase::Steady && status.problem.is_none() && roots(&shop.cluster)? != first)
     };
     until(ROTATION, "the other root has taken its place", rotated)?;
-    ensure!(roots(&shop.cluster)? == [root.pem.clone()], "another root is believed than the one that was given");
+    ensure!(
+        roots(&shop.cluster)? == [root.pem.clone()],
+        "another root is believed than the one that was given"
+    );
     let serial = controller.trust_status()?.serial;
     files.write(&root.intermediate()?, Some(&root))?;
     until(NEWS, "another intermediate signs", || Ok(controller.trust_status()?.serial > serial))?;
     traffic.wait_for_success(&shop.echoes(), 100, NEWS)?;
     let calls = traffic.stop();
     let failed: Vec<_> = calls.iter().filter(|call| call.error.is_some()).collect();
-    ensure!(failed.is_empty(), "{} of {} connections failed: {:?}", failed.len(), calls.len(), failed.first());
+    ensure!(
+        failed.is_empty(),
+        "{} of {} connections failed: {:?}",
+        failed.len(),
+        calls.len(),
+        failed.first()
+    );
     former.must_be_refused()
 }
 
