@@ -228,8 +228,9 @@ mod tests {
         });
         // Constraints of DNS names say nothing of URIs.
         read(&elsewhere.pem, &elsewhere.key, Some(&good.pem)).unwrap();
-        let shallow = root(|params| params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0)));
+        let shallow = under(&good, |params| params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0)));
         let deep = under(&shallow, |_| {});
-        refused(read(&deep.pem, &deep.key, Some(&shallow.pem)), "signs nothing that is believed");
+        let both = format!("{}{}", deep.pem, shallow.pem);
+        refused(read(&both, &deep.key, Some(&good.pem)), "signs nothing that is believed");
     }
 }
