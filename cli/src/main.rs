@@ -8,6 +8,7 @@ mod check;
 mod cluster;
 mod install;
 mod output;
+mod root;
 mod uninstall;
 mod upgrade;
 
@@ -31,6 +32,7 @@ struct Cli {
 enum Command {
     Install(install::Arguments),
     Check(check::Arguments),
+    Root(root::Arguments),
     Upgrade(upgrade::Arguments),
     Uninstall(uninstall::Arguments),
 }
@@ -40,6 +42,7 @@ async fn main() -> ExitCode {
     let result = match Cli::parse().command {
         Command::Install(arguments) => install::run(&arguments).map(|()| ExitCode::SUCCESS),
         Command::Check(arguments) => check::run(&arguments).await,
+        Command::Root(arguments) => root::run(&arguments).await,
         Command::Upgrade(arguments) => upgrade::run(&arguments).await.map(|()| ExitCode::SUCCESS),
         Command::Uninstall(arguments) => uninstall::run(&arguments).await,
     };

@@ -15,8 +15,8 @@ use weft_core::{SpiffeId, TrustDomain};
 use crate::{
     auth::Caller,
     metrics::Metrics,
-    root::{Root, Usage},
     translate::{Claim, Identities},
+    trust::{keeper::Trust, root::Usage},
 };
 
 /// How long a workload's certificate is valid at most.
@@ -49,6 +49,8 @@ pub enum Refused {
     Unlabelled { node: String, identity: SpiffeId },
     #[error("{caller} is no agent's: it gets its own identity only, not {identity}")]
     NotOwn { caller: Caller, identity: SpiffeId },
+    #[error("the API server has not said for a while which root signs")]
+    Stale,
     #[error("signing failed: {0}")]
     Signing(String),
 }
@@ -66,6 +68,7 @@ impl Refused {
             Self::NotOnNode { .. } => "not_on_node",
             Self::Unlabelled { .. } => "unlabelled",
             Self::NotOwn { .. } => "not_own",
+            Self::Stale => "stale",
             Self::Signing(_) => "signing",
         }
     }
@@ -75,7 +78,7 @@ impl From<Refused> for Status {
     fn from(refused: Refused) -> Status {
         let message = refused.to_string();
         match refused {
-            Refused::NotReady => Status::unavailable(message),
+            Refused::NotReady | Refused::Stale => Status::unavailable(message),
             Refused::Signing(_) => Status::internal(message),
             Refused::TrustDomain { .. }
             | Refused::NotOnNode { .. }
@@ -87,7 +90,9 @@ impl From<Refused> for Status {
 }
 
 pub struct Authority {
-    root: Arc<Root>,
+    trust: Trust,
+    /// For how long callers that are no agents get a certificate at most.
+    others: Duration,
     trust_domain: TrustDomain,
     /// None until the first state is there.
     identities: watch::Receiver<Option<Arc<Identities>>>,
@@ -96,12 +101,13 @@ pub struct Authority {
 
 impl Authority {
     pub fn new(
-        root: Arc<Root>,
+        trust: Trust,
+        others: Duration,
         trust_domain: TrustDomain,
         identities: watch::Receiver<Option<Arc<Identities>>>,
         metrics: Metrics,
     ) -> Self {
-        Self { root, trust_domain, identities, metrics }
+        Self { trust, others: others.min(MAX_TTL), trust_domain, identities, metrics }
     }
 
     /// A certificate for the key of `csr` (PEM) and the identity `asked` for, else the one that `csr` names. Returns
@@ -145,23 +151,34 @@ impl Authority {
         if *identity.trust_domain() != self.trust_domain {
             return Err(Refused::TrustDomain { identity, trust_domain: self.trust_domain.clone() });
         }
-        match caller {
-            Caller::Node(node) => self.check_claim(node, &identity)?,
+        let most = match caller {
+            Caller::Node(node) => {
+                self.check_claim(node, &identity)?;
+                MAX_TTL
+            }
             Caller::Account(account) => {
                 let own = SpiffeId::new(self.trust_domain.clone(), &account.namespace, &account.name);
                 if own.ok().as_ref() != Some(&identity) {
                     return Err(Refused::NotOwn { caller: caller.clone(), identity });
                 }
+                self.others
             }
+        };
+        let trust = self.trust.borrow().clone();
+        if !trust.is_fresh() {
+            return Err(Refused::Stale);
         }
         let signing = |error: rcgen::Error| Refused::Signing(error.to_string());
         let name = SanType::URI(identity.to_string().try_into().map_err(signing)?);
-        let ttl = ttl.unwrap_or(MAX_TTL).min(MAX_TTL);
-        let (leaf, _) = self
-            .root
-            .sign(&request.public_key, name, Usage::Peer, ttl, SystemTime::now())
+        let (leaf, _) = trust
+            .authorities
+            .signer
+            .sign(&request.public_key, name, Usage::Peer, ttl.unwrap_or(most).min(most), SystemTime::now())
             .map_err(signing)?;
-        Ok((identity, vec![leaf.pem(), self.root.pem().to_owned()]))
+        let authorities = &trust.authorities;
+        let between = Some(authorities.signer.chain_pem()).filter(|chain| !chain.is_empty());
+        let certificates = [Some(leaf.pem()), between.map(str::to_owned), Some(authorities.pem().to_owned())];
+        Ok((identity, certificates.into_iter().flatten().collect()))
     }
 
     /// Whether the agent of `node` may speak for `identity`.

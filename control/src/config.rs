@@ -14,7 +14,10 @@ use serde::Deserialize;
 use weft_api::{DefaultInbound, field::is_dns_subdomain};
 use weft_core::TrustDomain;
 
-use crate::translate::{Inbound, MeshSettings};
+use crate::{
+    translate::{Inbound, MeshSettings},
+    trust::{Rotation, given::Given},
+};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -29,8 +32,14 @@ Examples:
     weft-control token --state-dir /var/lib/weft --node node-1 > node-1.token
     cp /var/lib/weft/root.pem control-ca.pem
 
+  Replace the root of trust while everything runs:
+    weft-control rotate --state-dir /var/lib/weft
+
 Every flag can also be set in the environment (WEFT_POD_NETWORKS=...) or in the --config file (pod-networks: [...]).
 A flag wins over the environment, and that over the file.";
+
+const ROTATE_AFTER: Duration = Duration::from_secs(365 * 24 * 3600);
+const OVERLAP: Duration = Duration::from_secs(3600);
 
 /// The controller of the Weft service mesh: reads Kubernetes objects, tells agents what is where, and issues
 /// certificates.
@@ -50,6 +59,9 @@ pub struct Cli {
 pub enum Command {
     /// Print a join token with which an agent proves that it is its node's.
     Token(TokenArgs),
+    /// Replace the root of trust, without a connection being lost. The controller that uses the state directory does it, and
+    /// this prints how it goes on until it is done.
+    Rotate(RotateArgs),
 }
 
 #[derive(Debug, Args)]
@@ -63,6 +75,16 @@ pub struct TokenArgs {
     /// How long the token is valid: a number and s, m, h or d.
     #[arg(long, default_value = "8760h", value_parser = parse_duration, value_name = "DURATION")]
     pub ttl: Duration,
+}
+
+#[derive(Debug, Args)]
+pub struct RotateArgs {
+    /// The controller's state directory.
+    #[arg(long, env = "WEFT_STATE_DIR", value_name = "DIR")]
+    pub state_dir: PathBuf,
+    /// Do not wait until it is done.
+    #[arg(long)]
+    pub no_wait: bool,
 }
 
 /// Every setting, each of which may be missing at one level and given at another.
@@ -126,6 +148,19 @@ struct Flags {
     /// [default: true]
     #[arg(long, env = "WEFT_MESH_ENABLED", value_name = "BOOL")]
     mesh_enabled: Option<bool>,
+    /// Directory with the root that is to sign, or an intermediate under one, instead of a root that the controller makes:
+    /// tls.crt (the certificate that signs, then those above it), tls.key, and ca.crt (the root, unless it is the last one in
+    /// tls.crt). Another one that is put there is taken in as a rotation.
+    #[arg(long, env = "WEFT_ISSUER", value_name = "DIR")]
+    issuer: Option<PathBuf>,
+    /// Age at which the root of trust is replaced by a new one: a number and s, m, h or d; 0s for never. [default: 365d]
+    #[arg(long, env = "WEFT_ROTATE_ROOT_AFTER", value_name = "DURATION")]
+    rotate_root_after: Option<String>,
+    /// How long two roots are believed at least before the new one signs, and again before the old one is let go. Certificates
+    /// of callers that are no agents are valid for that long at most. [default: 1h with --kubernetes, 0s with --directory,
+    /// where there are no such callers]
+    #[arg(long, env = "WEFT_ROOT_OVERLAP", value_name = "DURATION")]
+    root_overlap: Option<String>,
     /// What to log, such as `info` or `warn,ca=debug`. [default: info]
     #[arg(long, env = "WEFT_LOG", value_name = "FILTER")]
     log: Option<String>,
@@ -140,6 +175,8 @@ pub struct Config {
     pub ready_listen: SocketAddr,
     pub log: String,
     pub mesh: MeshSettings,
+    pub rotation: Rotation,
+    pub issuer: Option<Given>,
 }
 
 /// Where objects are read, and where what must survive a restart is kept.
@@ -207,6 +244,9 @@ impl Flags {
             default_inbound: self.default_inbound.or(other.default_inbound),
             inbound_floor: self.inbound_floor.or(other.inbound_floor),
             mesh_enabled: self.mesh_enabled.or(other.mesh_enabled),
+            issuer: self.issuer.or(other.issuer),
+            rotate_root_after: self.rotate_root_after.or(other.rotate_root_after),
+            root_overlap: self.root_overlap.or(other.root_overlap),
             log: self.log.or(other.log),
         }
     }
@@ -259,6 +299,19 @@ impl Flags {
             },
             enabled: self.mesh_enabled.unwrap_or(true),
         };
+        let duration = |flag, value: Option<String>, default| match value.as_deref() {
+            None | Some("") => Ok(default),
+            Some(text) => parse_duration(text).map_err(|why| invalid(flag, why)),
+        };
+        let after = duration("--rotate-root-after", self.rotate_root_after, ROTATE_AFTER)?;
+        let overlap = if in_directory { Duration::ZERO } else { OVERLAP };
+        let issuer = self.issuer.filter(|directory| !directory.as_os_str().is_empty());
+        let issuer =
+            issuer.map(|directory| Given { directory, trust_domain: mesh.trust_domain.as_str().to_owned() });
+        let rotation = Rotation {
+            after: (!after.is_zero()).then_some(after),
+            overlap: duration("--root-overlap", self.root_overlap, overlap)?,
+        };
         let port =
             |address: Option<SocketAddr>, port| address.unwrap_or(SocketAddr::from(([0, 0, 0, 0], port)));
         Ok(Config {
@@ -267,7 +320,9 @@ impl Flags {
             metrics_listen: port(self.metrics_listen, 15020),
             ready_listen: port(self.ready_listen, 15021),
             log: text(self.log, "info"),
+            issuer,
             mesh,
+            rotation,
         })
     }
 }

@@ -15,6 +15,7 @@ use std::{
 };
 
 use tokio::sync::{mpsc, oneshot, watch};
+use weft_proto::node::TrustBundle;
 use weft_xds::{Progress, Snapshot, VersionVector};
 
 use crate::{
@@ -28,6 +29,7 @@ use crate::{
         self, Identities, MeshSettings,
         incremental::{Changes, Placed, Translator},
     },
+    trust::Settled,
 };
 
 /// Changes of objects come in company: a new pod, its EndpointSlice, the end of the old pod, each from a watch of its
@@ -45,6 +47,8 @@ pub enum Input {
     /// From a cluster.
     News(News),
     Report(Report),
+    /// Whom agents are to believe.
+    Trust(TrustBundle),
 }
 
 /// What an agent says of the pods of its node.
@@ -56,6 +60,8 @@ pub struct Report {
     pub enrolled: BTreeSet<String>,
     /// Workload uid to what went wrong.
     pub failures: Failures,
+    /// The bundle that is in force there.
+    pub trust: u64,
     /// Told when the report is written down, or why it is not. It is published then, or as soon as this replica has read
     /// everything up to there.
     pub done: oneshot::Sender<Result<(), String>>,
@@ -70,6 +76,8 @@ pub struct Published {
     pub progress: Progress,
     /// What others have seen and this replica has not.
     pub wanted: mpsc::Receiver<VersionVector>,
+    /// Whom the nodes with enrolled pods believe.
+    pub settled: watch::Receiver<Option<Arc<Settled>>>,
 }
 
 pub struct Controller {
@@ -94,6 +102,7 @@ pub struct Controller {
     wanted: mpsc::Sender<VersionVector>,
     snapshots: watch::Sender<Option<Arc<Snapshot>>>,
     identities: watch::Sender<Option<Arc<Identities>>>,
+    settled: watch::Sender<Option<Arc<Settled>>>,
     metrics: Metrics,
 }
 
@@ -101,6 +110,7 @@ impl Controller {
     pub fn new(settings: MeshSettings, enrollment: Enrollment, metrics: Metrics) -> (Self, Published) {
         let (snapshots, snapshots_receiver) = watch::channel(None);
         let (identities, identities_receiver) = watch::channel(None);
+        let (settled, settled_receiver) = watch::channel(None);
         let (known, known_receiver) = watch::channel(VersionVector::default());
         let (wanted, wanted_receiver) = mpsc::channel(DEMANDS);
         let controller = Self {
@@ -119,6 +129,7 @@ impl Controller {
             wanted: wanted.clone(),
             snapshots,
             identities,
+            settled,
             metrics,
         };
         let published = Published {
@@ -126,6 +137,7 @@ impl Controller {
             identities: identities_receiver,
             progress: Progress::new(known_receiver, wanted),
             wanted: wanted_receiver,
+            settled: settled_receiver,
         };
         (controller, published)
     }
@@ -150,6 +162,7 @@ impl Controller {
             // After the objects that came with them, so that what each of them says is about pods that are known.
             reports.into_iter().for_each(|report| self.report(report));
             self.catch_up();
+            self.say_settled();
         }
     }
 
@@ -163,6 +176,10 @@ impl Controller {
             Input::News(news) => self.news(news),
             Input::Report(report) => {
                 reports.push(report);
+                false
+            }
+            Input::Trust(bundle) => {
+                self.trust(&bundle);
                 false
             }
         }
@@ -192,6 +209,25 @@ impl Controller {
         let Some(needed) = self.needed.get(kind).filter(|needed| *needed > newest) else { return };
         if self.doubted.insert(kind, needed) == Some(needed) {
             self.needed.lower(kind, newest);
+        }
+    }
+
+    /// Tells agents whom to believe.
+    pub fn trust(&mut self, bundle: &TrustBundle) {
+        self.builder.trust(bundle);
+        self.held_back = self.is_started();
+    }
+
+    fn say_settled(&self) {
+        if self.is_started() {
+            let settled = self.enrollment.settled();
+            self.settled.send_if_modified(|known| {
+                let differs = known.as_deref() != Some(&settled);
+                if differs {
+                    *known = Some(Arc::new(settled));
+                }
+                differs
+            });
         }
     }
 
@@ -283,8 +319,8 @@ impl Controller {
     }
 
     fn report(&mut self, report: Report) {
-        let Report { node, enrolled, failures, done } = report;
-        let result = self.take_report(&node, &enrolled, failures);
+        let Report { node, enrolled, failures, trust, done } = report;
+        let result = self.take_report(&node, &enrolled, failures, trust);
         if let Err(why) = &result {
             tracing::error!(target: "enrollment", node, "a report is not in force: {why}");
         }
@@ -297,6 +333,7 @@ impl Controller {
         node: &str,
         enrolled: &BTreeSet<String>,
         mut failures: Failures,
+        trust: u64,
     ) -> Result<(), String> {
         if self.snapshots.borrow().is_none() {
             // Taking it in now would find none of its pods, and the agent would not repeat it.
@@ -305,7 +342,9 @@ impl Controller {
         failures.retain(|uid, _| translate::is_wanted(&self.store, self.translator.settings(), node, uid));
         self.say_failures(node, &failures);
         let desired = self.translator.desired();
-        self.enrollment.report(node, enrolled, failures, desired).map_err(|error| error.to_string())?;
+        self.enrollment
+            .report(node, enrolled, failures, trust, desired)
+            .map_err(|error| error.to_string())?;
         self.needed.merge(&self.enrollment.written_at());
         self.count_failures();
         self.enrolled();

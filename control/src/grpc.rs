@@ -111,12 +111,13 @@ impl NodeService for Node {
     ) -> Result<Response<EnrollmentAck>, Status> {
         let node = self.authenticator.node(request.metadata()).await?;
         self.progress.reach(request.metadata()).await?;
-        let EnrollmentReport { enrolled_uids, failures } = request.into_inner();
+        let EnrollmentReport { enrolled_uids, failures, trust_serial } = request.into_inner();
         let (done, result) = oneshot::channel();
         let report = Report {
             node,
             enrolled: enrolled_uids.into_iter().collect::<BTreeSet<_>>(),
             failures: failures.into_iter().map(|failure| (failure.uid, failure.message)).collect(),
+            trust: trust_serial,
             done,
         };
         let take = async {

@@ -16,7 +16,6 @@ mod enrollment;
 mod grpc;
 mod http;
 mod metrics;
-mod root;
 mod server;
 mod snapshot;
 mod source;
@@ -24,6 +23,7 @@ mod state_dir;
 mod store;
 mod tls;
 mod translate;
+mod trust;
 
 use std::{process::ExitCode, time::SystemTime};
 
@@ -34,9 +34,10 @@ use tracing_subscriber::EnvFilter;
 
 use crate::{
     auth::join::TokenKey,
-    config::{Cli, Command, Config, TokenArgs},
+    config::{Cli, Command, Config, RotateArgs, TokenArgs},
     server::Server,
     state_dir::StateDir,
+    trust::keeper,
 };
 
 /// Gives memory back after a burst, which the C library's allocator does not: all agents ask for everything at once when
@@ -48,6 +49,7 @@ fn main() -> ExitCode {
     let mut cli = Cli::parse();
     let result = match cli.command.take() {
         Some(Command::Token(args)) => print_token(&args),
+        Some(Command::Rotate(args)) => rotate(&args),
         None => cli.config().map_err(Into::into).and_then(serve),
     };
     match result {
@@ -63,6 +65,12 @@ fn print_token(args: &TokenArgs) -> anyhow::Result<()> {
     let key = TokenKey::load_or_create(&StateDir::open(&args.state_dir)?)?;
     println!("{}", key.issue(&args.node, args.ttl, SystemTime::now())?);
     Ok(())
+}
+
+fn rotate(args: &RotateArgs) -> anyhow::Result<()> {
+    let state = StateDir::open(&args.state_dir)?;
+    let request = keeper::request(&state)?;
+    if args.no_wait { Ok(()) } else { keeper::until_rotated(&state, &request) }
 }
 
 fn serve(config: Config) -> anyhow::Result<()> {

@@ -57,6 +57,9 @@ pub struct Metrics {
     pub leader: Gauge,
     pub conditions_written: Counter,
     pub conditions_failed: Counter,
+    pub root_expiry: Gauge,
+    pub root_rotation: Gauge,
+    pub root_waiting: Family<NodeLabel, Gauge>,
     ready: Arc<AtomicBool>,
     /// When the API server last answered, where one is asked regularly.
     in_touch: Arc<Mutex<Option<Instant>>>,
@@ -143,6 +146,21 @@ impl Metrics {
             "pod_conditions_failed",
             "Conditions of Pods that could not be written, and are tried again",
             m.conditions_failed.clone(),
+        );
+        registry.register(
+            "root_expiry_timestamp_seconds",
+            "When the root that signs expires, Unix time",
+            m.root_expiry.clone(),
+        );
+        registry.register(
+            "root_rotation_phase",
+            "0: there is one root; 1: another is announced; 2: it signs, and the old one is still believed",
+            m.root_rotation.clone(),
+        );
+        registry.register(
+            "root_rotation_waiting",
+            "Nodes that a rotation of the root waits for",
+            m.root_waiting.clone(),
         );
         registry.register_collector(Box::new(XdsStats(xds)));
         registry

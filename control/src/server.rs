@@ -13,17 +13,20 @@ use weft_xds::{Progress, Snapshot, VersionVector};
 use crate::{
     auth::{Authenticator, join::TokenKey, review::Reviewer},
     ca::Authority,
-    cluster::{self, authority, enrollment::Records, lease::Candidate, status},
+    cluster::{self, enrollment::Records, lease::Candidate, status},
     config::{Config, Source},
     controller::{Controller, Input, Published},
     enrollment::Enrollment,
     grpc, http,
     metrics::{self, Metrics},
-    root::Root,
     source::{self, directory::Directory, kubernetes},
     state_dir::{Lock, StateDir},
     tls::{self, ServerIdentity},
     translate::MeshSettings,
+    trust::{
+        Settled,
+        keeper::{self, Keeper, Place, Trust},
+    },
 };
 
 /// Changes and reports that wait for the controller. Full, it makes their senders wait.
@@ -45,7 +48,8 @@ pub struct Server {
 
 /// What differs between a directory and a cluster.
 struct Parts {
-    root: Arc<Root>,
+    keeper: Keeper,
+    trust: Trust,
     authenticator: Authenticator,
     controller: Controller,
     published: Published,
@@ -66,26 +70,29 @@ impl Server {
         let metrics = Metrics::default();
         let parts = match &config.source {
             Source::Directory { directory, state_dir } => {
-                from_directory(StateDir::open(state_dir)?, directory, &config.mesh, &metrics)?
+                from_directory(StateDir::open(state_dir)?, directory, &config, &metrics).await?
             }
             Source::Kubernetes { namespace, pod_name } => {
-                from_cluster(namespace.clone(), pod_name.clone(), &config.mesh, &metrics).await?
+                from_cluster(namespace.clone(), pod_name.clone(), &config, &metrics).await?
             }
         };
-        let Parts { root, authenticator, controller, published, watching, lock } = parts;
-        let identity = ServerIdentity::new(root.clone())?;
-        let Published { snapshots, identities, progress, wanted } = published;
+        let Parts { keeper, trust, authenticator, controller, published, watching, lock } = parts;
+        let identity = ServerIdentity::new(trust.clone())?;
+        let Published { snapshots, identities, progress, wanted, settled } = published;
         let authenticate = authenticate(authenticator.clone());
         let xds = weft_xds::Server::new(snapshots.clone(), progress.clone(), authenticate);
         let trust_domain = config.mesh.trust_domain.clone();
-        let authority = Authority::new(root, trust_domain, identities, metrics.clone());
+        let overlap = config.rotation.overlap;
+        let authority = Authority::new(trust.clone(), overlap, trust_domain, identities, metrics.clone());
 
         let listener = http::bind(config.listen, "agents").await?;
         serve_metrics(config.metrics_listen, &metrics, &xds).await?;
         serve_readiness(config.ready_listen, &metrics).await?;
         let (inputs, queue) = mpsc::channel(QUEUE);
         std::thread::Builder::new().name("controller".to_owned()).spawn(move || controller.run(queue))?;
-        let candidate = watching.start(config.mesh, inputs.clone(), wanted, metrics.clone(), snapshots)?;
+        let (candidate, leads) =
+            watching.start(config.mesh, inputs.clone(), wanted, metrics.clone(), snapshots)?;
+        follow(keeper, trust, leads, settled, inputs.clone());
         Ok(Self {
             listener,
             identity,
@@ -117,6 +124,18 @@ impl Server {
     }
 }
 
+/// Whom the mesh believes: kept up to date here, and told to agents.
+fn follow(
+    keeper: Keeper,
+    trust: Trust,
+    leads: watch::Receiver<bool>,
+    settled: watch::Receiver<Option<Arc<Settled>>>,
+    inputs: mpsc::Sender<Input>,
+) {
+    tokio::spawn(keeper.run(leads, settled));
+    tokio::spawn(keeper::each_bundle(trust, inputs));
+}
+
 fn authenticate(authenticator: Authenticator) -> weft_xds::Authenticate {
     Arc::new(move |metadata| {
         let (authenticator, metadata) = (authenticator.clone(), metadata.clone());
@@ -124,18 +143,23 @@ fn authenticate(authenticator: Authenticator) -> weft_xds::Authenticate {
     })
 }
 
-fn from_directory(
+async fn from_directory(
     state: StateDir,
     directory: &Path,
-    settings: &MeshSettings,
+    config: &Config,
     metrics: &Metrics,
 ) -> anyhow::Result<Parts> {
     let lock = state.lock()?;
-    let root = Arc::new(Root::load_or_create(&state, settings.trust_domain.as_str())?);
+    let settings = &config.mesh;
+    let organization = settings.trust_domain.as_str();
+    let place = Place::Directory(state.clone());
+    let (keeper, trust) =
+        Keeper::open(place, config.rotation, config.issuer.clone(), organization, metrics.clone()).await?;
     let authenticator = Authenticator::join_tokens(TokenKey::load_or_create(&state)?, metrics.clone());
     let directory = Directory::open(directory)?;
     let enrollment = Enrollment::load(state)?;
     let (mut controller, published) = Controller::new(settings.clone(), enrollment, metrics.clone());
+    controller.trust(&trust.borrow().authorities.bundle());
     if directory.is_empty() && controller.remembers_pods() {
         tracing::error!(
             "{} holds no objects, but pods from it are enrolled: nothing is served until it holds some",
@@ -145,33 +169,35 @@ fn from_directory(
         controller.objects(directory.all());
     }
     let watching = Watching::Directory(directory);
-    Ok(Parts { root, authenticator, controller, published, watching, lock: Some(lock) })
+    Ok(Parts { keeper, trust, authenticator, controller, published, watching, lock: Some(lock) })
 }
 
 async fn from_cluster(
     namespace: Option<String>,
     pod_name: String,
-    settings: &MeshSettings,
+    config: &Config,
     metrics: &Metrics,
 ) -> anyhow::Result<Parts> {
+    let settings = &config.mesh;
     let (client, own) = cluster::connect().await?;
     let namespace = namespace.unwrap_or(own);
     tracing::info!(target: "cluster", namespace, "configured by the API server");
     let organization = settings.trust_domain.as_str();
-    let root = cluster::patiently(|| authority::root(&client, &namespace, organization)).await?;
-    cluster::patiently(|| authority::publish(&client, &namespace, root.pem())).await?;
-    let pem = root.pem().to_owned();
-    tokio::spawn(authority::keep_published(client.clone(), namespace.clone(), pem));
+    let place = Place::Cluster { client: client.clone(), namespace: namespace.clone() };
+    let (keeper, trust) =
+        Keeper::open(place, config.rotation, config.issuer.clone(), organization, metrics.clone()).await?;
 
     let authenticator = Authenticator::reviews(Reviewer::new(client.clone(), &namespace), metrics.clone());
     let enrollment = Enrollment::in_cluster(Records::new(client.clone()));
-    let (controller, published) = Controller::new(settings.clone(), enrollment, metrics.clone());
+    let (mut controller, published) = Controller::new(settings.clone(), enrollment, metrics.clone());
+    controller.trust(&trust.borrow().authorities.bundle());
     let watching = Watching::Cluster { client, namespace, pod_name };
-    Ok(Parts { root: Arc::new(root), authenticator, controller, published, watching, lock: None })
+    Ok(Parts { keeper, trust, authenticator, controller, published, watching, lock: None })
 }
 
 impl Watching {
-    /// Starts it. In a cluster this replica is then a candidate for leading, once it has something to serve.
+    /// Starts it. In a cluster this replica is then a candidate for leading, once it has something to serve. The receiver
+    /// says whether it leads, as the only controller of a directory does.
     fn start(
         self,
         settings: MeshSettings,
@@ -179,7 +205,7 @@ impl Watching {
         wanted: mpsc::Receiver<VersionVector>,
         metrics: Metrics,
         mut snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
-    ) -> anyhow::Result<Option<Candidate>> {
+    ) -> anyhow::Result<(Option<Candidate>, watch::Receiver<bool>)> {
         match self {
             Self::Cluster { client, namespace, pod_name } => {
                 let ready = async move { drop(snapshots.wait_for(Option::is_some).await) };
@@ -187,9 +213,9 @@ impl Watching {
                     Candidate::start(client.clone(), &namespace, pod_name, metrics.clone(), ready);
                 let (statuses, queue) = mpsc::channel(QUEUE);
                 let enabled = settings.enabled;
-                tokio::spawn(status::run(client.clone(), settings, queue, leads, metrics.clone()));
+                tokio::spawn(status::run(client.clone(), settings, queue, leads.clone(), metrics.clone()));
                 tokio::spawn(kubernetes::run(client, enabled, inputs, statuses, wanted, metrics));
-                Ok(Some(candidate))
+                Ok((Some(candidate), leads))
             }
             Self::Directory(directory) => {
                 metrics.source_complaints.set(directory.complaints().len() as i64);
@@ -200,7 +226,7 @@ impl Watching {
                 std::thread::Builder::new()
                     .name("directory".to_owned())
                     .spawn(move || source::watch::run(directory, send))?;
-                Ok(None)
+                Ok((None, watch::channel(true).1))
             }
         }
     }

@@ -5,7 +5,9 @@ use std::collections::{BTreeMap, HashMap};
 
 use prost::Message;
 use weft_proto::{
-    MESH_CONFIG_NAME, type_url,
+    MESH_CONFIG_NAME, TRUST_BUNDLE_NAME,
+    node::TrustBundle,
+    type_url,
     workload::{Address, PortList, Workload, address},
 };
 use weft_xds::{Resources, Snapshot, VersionVector, resource};
@@ -51,6 +53,12 @@ impl Builder {
                 per_node.insert(node, types);
             }
         }
+    }
+
+    /// Takes in whom to believe, for the next snapshot.
+    pub fn trust(&mut self, bundle: &TrustBundle) {
+        let known = self.snapshot.shared.entry(type_url::TRUST_BUNDLE).or_default();
+        self.changed |= set(known, TRUST_BUNDLE_NAME.to_owned(), Some(bundle.encode_to_vec()));
     }
 
     /// Nothing that is taken in from now on holds more of the source than this.

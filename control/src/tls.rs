@@ -25,7 +25,10 @@ use tokio_rustls::{TlsAcceptor, server::TlsStream};
 
 use crate::{
     metrics::Metrics,
-    root::{Root, Usage},
+    trust::{
+        keeper::Trust,
+        root::{Root, Usage},
+    },
 };
 
 /// The name agents expect the controller to have, whatever address they reach it at.
@@ -50,7 +53,7 @@ pub enum TlsError {
 
 /// The certificate in use.
 pub struct ServerIdentity {
-    root: Arc<Root>,
+    trust: Trust,
     current: RwLock<Arc<CertifiedKey>>,
 }
 
@@ -67,17 +70,22 @@ impl ResolvesServerCert for ServerIdentity {
 }
 
 impl ServerIdentity {
-    pub fn new(root: Arc<Root>) -> Result<Arc<Self>, TlsError> {
-        let current = RwLock::new(Arc::new(certify(&root)?));
-        Ok(Arc::new(Self { root, current }))
+    pub fn new(trust: Trust) -> Result<Arc<Self>, TlsError> {
+        let current = RwLock::new(Arc::new(certify(&trust.borrow().authorities.signer)?));
+        Ok(Arc::new(Self { trust, current }))
     }
 
-    /// Renews the certificate in good time, forever.
+    /// Renews the certificate in good time, and when another root signs, forever.
     pub async fn keep_fresh(self: Arc<Self>) {
+        let mut trust = self.trust.clone();
         let mut wait = RENEW_AFTER;
         loop {
-            tokio::time::sleep(wait).await;
-            wait = match certify(&self.root) {
+            tokio::select! {
+                () = tokio::time::sleep(wait) => {}
+                Ok(()) = trust.changed() => {}
+            }
+            let authorities = trust.borrow_and_update().authorities.clone();
+            wait = match certify(&authorities.signer) {
                 Ok(fresh) => {
                     if let Ok(mut current) = self.current.write() {
                         *current = Arc::new(fresh);
@@ -99,7 +107,8 @@ fn certify(root: &Root) -> Result<CertifiedKey, TlsError> {
     let (leaf, _) = root.sign(&key, name, Usage::Server, LIFETIME, SystemTime::now())?;
     let private = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(key.serialize_der()));
     let signer = aws_lc_rs::sign::any_supported_type(&private)?;
-    Ok(CertifiedKey::new(vec![leaf.der().clone(), root.der().clone()], signer))
+    let chain = [leaf.der().clone()].into_iter().chain(root.chain().iter().cloned());
+    Ok(CertifiedKey::new(chain.chain([root.der().clone()]).collect(), signer))
 }
 
 /// Connections that finished their handshake.

@@ -77,20 +77,22 @@ async fn a_pod_enters_the_mesh_and_stays_over_a_restart() {
     report(&endpoint, &[UID]).await.unwrap();
     agent.until(true, true).await;
     let enrolled = json!([{"uid": UID, "podUID": "uid-web", "addresses": ["10.1.0.2"]}]);
-    let whole = json!({"enrolledPods": 1, "failedPods": 0, "enrolled": enrolled, "failures": []});
+    let whole =
+        json!({"enrolledPods": 1, "failedPods": 0, "trustSerial": 0, "enrolled": enrolled, "failures": []});
     assert_eq!(cluster.enrollment(), Some(whole));
-    let root = endpoint.ca_pem.clone();
+    let root = endpoint.ca.pem();
     drop(control);
 
     let control = cluster.start();
     ready(&control).await;
     let endpoint = cluster.endpoint(&control, AGENT);
-    assert_eq!(endpoint.ca_pem, root, "the root of trust changed");
+    assert_eq!(endpoint.ca.pem(), root, "the root of trust changed");
     let mut agent = Agent::connect(endpoint, "n1");
     agent.until(true, true).await;
     cluster.label("disabled");
     agent.until(false, false).await;
-    let nothing = json!({"enrolledPods": 0, "failedPods": 0, "enrolled": [], "failures": []});
+    let nothing =
+        json!({"enrolledPods": 0, "failedPods": 0, "trustSerial": 0, "enrolled": [], "failures": []});
     eventually("its end is written down", async || cluster.enrollment().as_ref() == Some(&nothing)).await;
     cluster.api.delete("nodes", "", "n1");
     eventually("nothing is kept of a node that is gone", async || cluster.enrollment().is_none()).await;
@@ -233,7 +235,7 @@ async fn the_root_is_made_once_and_a_damaged_one_is_not_replaced() {
     cluster.api.put("secrets", secret);
     let output = Command::new(BINARY).arg("--kubernetes").env("KUBECONFIG", cluster.kubeconfig()).output();
     let error = String::from_utf8(output.unwrap().stderr).unwrap();
-    assert!(error.contains("Secret weft-system/weft-ca is not usable: has no root.key"), "{error}");
+    assert!(error.contains("Secret weft-system/weft-ca is not usable: has no trust.json"), "{error}");
 }
 
 #[tokio::test]

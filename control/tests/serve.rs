@@ -78,7 +78,7 @@ impl Mesh {
         fs::write(&path, token).unwrap();
         ControlEndpoint {
             address: control.agents.clone(),
-            ca_pem: fs::read(self.state().join("root.pem")).unwrap(),
+            ca: fs::read(self.state().join("root.pem")).unwrap().into(),
             server_name: "weft-control".to_owned(),
             token: TokenSource::file(path),
             seen: None,
@@ -119,7 +119,7 @@ async fn certificates_are_for_the_callers_own_node() {
     let control = Control::start(command);
     let own = mesh.endpoint(&control, &mesh.token("n1", "1h"));
     let chain = certificate(&own, WEB).await.unwrap();
-    assert_eq!(chain[1].as_bytes(), own.ca_pem);
+    assert_eq!(chain[1].as_bytes(), own.ca.pem());
     let other = mesh.endpoint(&control, &mesh.token("n2", "1h"));
     assert_eq!(certificate(&other, WEB).await, Err(Code::PermissionDenied));
     assert!(control.logged("refused a certificate").contains("no live pod on node n2"));

@@ -51,6 +51,10 @@ pub struct Settings {
     /// Unix socket of the admin interface [default: /run/weft/agent.sock]
     #[arg(long, env = "WEFT_ADMIN_SOCKET", value_name = "PATH")]
     pub admin_socket: Option<PathBuf>,
+    /// File for the roots that the controller says are to be believed. It makes the agent know the controller after a rotation
+    /// of the root; so on a node whose --control-ca nobody renews it belongs on a disk [default: beside the admin socket]
+    #[arg(long, env = "WEFT_TRUST_FILE", value_name = "FILE")]
+    pub trust_file: Option<PathBuf>,
     /// Address of /metrics [default: 0.0.0.0:15020]
     #[arg(long, env = "WEFT_METRICS_LISTEN", value_name = "IP:PORT")]
     pub metrics_listen: Option<SocketAddr>,
@@ -130,6 +134,7 @@ pub struct Config {
     pub pods_cgroup: Option<PathBuf>,
     pub kubelet_cgroup: Option<PathBuf>,
     pub admin_socket: PathBuf,
+    pub trust_file: PathBuf,
     pub metrics_listen: SocketAddr,
     pub ready_listen: SocketAddr,
     pub cni_socket: Option<PathBuf>,
@@ -170,6 +175,8 @@ impl Settings {
             _ => None,
         };
         let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+        let admin_socket: PathBuf =
+            self.admin_socket.or(file.admin_socket).unwrap_or_else(|| ADMIN_SOCKET.into());
         let config = Config {
             node: self.node.or(file.node).with_context(|| required("node"))?,
             control: with_port(self.control.or(file.control).with_context(|| required("control"))?),
@@ -179,7 +186,9 @@ impl Settings {
             bpffs: self.bpffs.or(file.bpffs).unwrap_or_else(|| "/sys/fs/bpf".into()),
             pods_cgroup: self.pods_cgroup.or(file.pods_cgroup),
             kubelet_cgroup: given(self.kubelet_cgroup.or(file.kubelet_cgroup)),
-            admin_socket: self.admin_socket.or(file.admin_socket).unwrap_or_else(|| ADMIN_SOCKET.into()),
+            trust_file: (self.trust_file.or(file.trust_file))
+                .unwrap_or_else(|| admin_socket.with_extension("trust")),
+            admin_socket,
             metrics_listen: self
                 .metrics_listen
                 .or(file.metrics_listen)

@@ -2,12 +2,10 @@
 //! that failed it is another connection, which may lead to another replica.
 
 use std::{
-    path::Path,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
 };
 
-use anyhow::Context;
 use tonic::{Request, Status};
 use weft_proto::{
     ca::{
@@ -18,7 +16,7 @@ use weft_proto::{
 };
 use weft_xds::{AuthenticatedChannel, ControlEndpoint, TokenSource};
 
-use crate::{config::Config, seen::Seen};
+use crate::{config::Config, seen::Seen, trust};
 
 /// A call that takes longer counts as failed and is tried again.
 const CALL_TIMEOUT: Duration = Duration::from_secs(10);
@@ -42,10 +40,16 @@ impl Controller {
         self.channel.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// What a call came to; its connection is not used again if it failed.
-    fn outcome<T>(&self, outcome: Result<T, Status>) -> Result<T, Status> {
-        if let (Err(_), Ok(channel)) = (&outcome, weft_xds::channel(&self.endpoint)) {
+    /// The calls to come use another connection: after one that failed, and when others are to be believed.
+    pub fn reconnect(&self) {
+        if let Ok(channel) = weft_xds::channel(&self.endpoint) {
             *self.channel.lock().unwrap_or_else(PoisonError::into_inner) = channel;
+        }
+    }
+
+    fn outcome<T>(&self, outcome: Result<T, Status>) -> Result<T, Status> {
+        if outcome.is_err() {
+            self.reconnect();
         }
         outcome
     }
@@ -68,12 +72,11 @@ impl Controller {
     }
 }
 
-/// Where the controller is, from the settings. It is told what this node has `seen`.
-pub fn endpoint(config: &Config, seen: &Seen) -> anyhow::Result<ControlEndpoint> {
-    let read = |path: &Path| std::fs::read(path).with_context(|| format!("reading {}", path.display()));
+/// Where the controller is, from the settings. It is told what this node has `seen`, and known by whom the node believes.
+pub fn endpoint(config: &Config, seen: &Seen, trust: &trust::Keeper) -> anyhow::Result<ControlEndpoint> {
     Ok(ControlEndpoint {
         address: config.control.clone(),
-        ca_pem: read(&config.control_ca)?,
+        ca: trust.controller_ca(config.control_ca.clone())?,
         server_name: SERVER_NAME.to_owned(),
         token: TokenSource::file(config.token_file.clone()),
         seen: Some(seen.subscribe()),

@@ -355,6 +355,7 @@ impl Enroller {
                 .iter()
                 .map(|(uid, f)| EnrollmentFailure { uid: uid.to_string(), message: f.message.clone() })
                 .collect(),
+            trust_serial: 0,
         };
         // A label that came back too fast for this agent to see it go leaves a pod that has to be reported again.
         let published = |uid: &String| snapshot.mesh.workload(uid).is_none_or(|w| w.tunnel == Tunnel::Hbone);
@@ -432,14 +433,18 @@ fn far() -> Instant {
     Instant::now() + Duration::from_secs(3600)
 }
 
-/// Sends every report upward, and the newest again after each reconnect, until the controller has it.
+/// Sends every report upward, with whom this node believes as `settled` says, and the newest again after each reconnect, until
+/// the controller has it. Ends when the agent drains: the next one knows better.
 pub async fn report_upward(
     controller: Controller,
     mut reports: watch::Receiver<EnrollmentReport>,
+    mut settled: watch::Receiver<u64>,
     mut connected: watch::Receiver<bool>,
+    mut draining: watch::Receiver<bool>,
 ) {
-    loop {
-        let report = reports.borrow_and_update().clone();
+    while !*draining.borrow_and_update() {
+        let mut report = reports.borrow_and_update().clone();
+        report.trust_serial = *settled.borrow_and_update();
         connected.mark_unchanged();
         let nothing = report.enrolled_uids.is_empty() && report.failures.is_empty();
         let up = *connected.borrow();
@@ -457,6 +462,8 @@ pub async fn report_upward(
         tokio::select! {
             changed = reports.changed() => if changed.is_err() { return },
             changed = connected.changed() => if changed.is_err() { return },
+            Ok(()) = settled.changed() => {}
+            Ok(()) = draining.changed() => {}
             () = tokio::time::sleep_until(retry) => {}
         }
     }

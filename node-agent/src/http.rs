@@ -28,7 +28,7 @@ use tracing::{info, warn};
 use weft_api::agent::{AgentStatus, CertificateStatus, KubeletStatus, PluginStatus};
 
 use crate::{
-    enroll::Enrollment, identities::Identities, logging, metrics::Metrics, seen::Seen, state::Snapshot,
+    enroll::Enrollment, identities::Identities, logging, metrics::Metrics, seen::Seen, state::Snapshot, trust,
 };
 
 /// A client that sends its request slower than this is cut off.
@@ -44,6 +44,7 @@ pub struct Views {
     pub connected: watch::Receiver<bool>,
     pub trouble: watch::Receiver<String>,
     pub seen: Arc<Seen>,
+    pub trust: Arc<trust::Keeper>,
     pub plugin: watch::Receiver<PluginStatus>,
     pub kubelet: watch::Receiver<KubeletStatus>,
     pub node: String,
@@ -154,10 +155,12 @@ impl Views {
                 text(StatusCode::OK, "draining\n")
             }
             (&Method::POST, "/retire") => self.retire(),
-            (&Method::POST, "/forget-versions") => match self.seen.forget() {
-                Ok(()) => text(StatusCode::OK, "forgotten\n"),
-                Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error:#}\n")),
-            },
+            (&Method::POST, "/forget-versions") => {
+                match self.seen.forget().and_then(|()| self.trust.forget()) {
+                    Ok(()) => text(StatusCode::OK, "forgotten\n"),
+                    Err(error) => text(StatusCode::INTERNAL_SERVER_ERROR, format!("{error:#}\n")),
+                }
+            }
             _ => not_found(
                 "GET /config_dump, GET /status, GET /readyz, GET or PUT /logging?level=FILTER, POST /drain, POST /retire, POST /forget-versions",
             ),

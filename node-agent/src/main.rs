@@ -25,6 +25,7 @@ mod prepare;
 mod seen;
 mod state;
 mod succession;
+mod trust;
 mod worker;
 
 use std::{collections::BTreeSet, process::ExitCode, sync::Arc};
@@ -188,7 +189,8 @@ fn raise_descriptor_limit() {
 async fn serve(config: Arc<Config>, kernel: Arc<Kernel>, options: Options) -> anyhow::Result<()> {
     let metrics = Arc::new(Metrics::new(kernel.clone()));
     let seen = Arc::new(Seen::open(config.admin_socket.with_extension("seen"))?);
-    let endpoint = controller::endpoint(&config, &seen)?;
+    let trust = Arc::new(trust::Keeper::new(config.trust_file.clone()));
+    let endpoint = controller::endpoint(&config, &seen, &trust)?;
     let controller = Controller::new(&endpoint)?;
 
     let (update_tx, update_rx) = mpsc::channel(1);
@@ -200,7 +202,9 @@ async fn serve(config: Arc<Config>, kernel: Arc<Kernel>, options: Options) -> an
     let (status_tx, enrollment) = watch::channel(Enrollment::default());
     let (drain, draining) = watch::channel(false);
 
-    let identities = identities::start(controller.clone(), wanted, metrics.clone());
+    let (identities, settled) =
+        identities::start(controller.clone(), wanted, trust.subscribe(), metrics.clone());
+    tokio::spawn(reconnect_with(trust.subscribe(), controller.clone()));
     let workers = Workers::start(Shared {
         config: config.clone(),
         metrics: metrics.clone(),
@@ -209,7 +213,14 @@ async fn serve(config: Arc<Config>, kernel: Arc<Kernel>, options: Options) -> an
         limits: Limits::default(),
         draining: draining.clone(),
     })?;
-    tokio::spawn(state::run(kernel.clone(), metrics.clone(), seen.clone(), update_rx, snapshot_tx));
+    tokio::spawn(state::run(
+        kernel.clone(),
+        metrics.clone(),
+        seen.clone(),
+        trust.clone(),
+        update_rx,
+        snapshot_tx,
+    ));
     let (asked_tx, asked) = mpsc::channel(16);
     if let Some(socket) = &config.cni_socket {
         cni::serve(socket, asked_tx)?;
@@ -235,7 +246,8 @@ async fn serve(config: Arc<Config>, kernel: Arc<Kernel>, options: Options) -> an
         asked,
     };
     let enrolling = tokio::spawn(enroller.run());
-    tokio::spawn(enroll::report_upward(controller, reports, connected.clone()));
+    let reporting = enroll::report_upward(controller, reports, settled, connected.clone(), draining.clone());
+    tokio::spawn(reporting);
     tokio::spawn(watch_connection(connected.clone(), metrics.clone()));
     let xds = weft_xds::ClientConfig {
         server: endpoint,
@@ -253,6 +265,7 @@ async fn serve(config: Arc<Config>, kernel: Arc<Kernel>, options: Options) -> an
         connected,
         trouble,
         seen: seen.clone(),
+        trust: trust.clone(),
         plugin,
         kubelet,
         node: config.node.clone(),
@@ -278,6 +291,7 @@ async fn serve(config: Arc<Config>, kernel: Arc<Kernel>, options: Options) -> an
     if *retiring.borrow() {
         Kernel::break_glass(&options).context("removing the kernel's part")?;
         seen.forget()?;
+        trust.forget()?;
         info!("retired: nothing of the mesh is left on this node");
     }
     Ok(())
@@ -293,6 +307,13 @@ async fn until_told_to_stop(mut draining: watch::Receiver<bool>) -> anyhow::Resu
         _ = draining.wait_for(|d| *d) => info!("told to drain"),
     }
     Ok(())
+}
+
+/// No connection to the controller outlives the roots that it was proven by by more than what is under way.
+async fn reconnect_with(mut trust: watch::Receiver<Option<Arc<trust::Trust>>>, controller: Controller) {
+    while trust.changed().await.is_ok() {
+        controller.reconnect();
+    }
 }
 
 async fn watch_connection(mut connected: watch::Receiver<bool>, metrics: Arc<Metrics>) {

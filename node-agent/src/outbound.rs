@@ -12,7 +12,7 @@ use std::{
 use rand::Rng;
 use tokio::net::TcpStream;
 use weft_core::{Caller, Mesh, Service, TUNNEL_PORT, Tunnel, Workload, mesh::Destination};
-use weft_transport::{ConnectRequest, Counters, Stream, TunnelKey, relay, relay_plain};
+use weft_transport::{ConnectRequest, Counters, OpenError, Stream, TunnelKey, relay, relay_plain};
 
 use crate::{
     affinity,
@@ -170,11 +170,6 @@ async fn through_tunnel(
 ) -> Result<Stream, Refusal> {
     let tunnel = SocketAddr::new(to.ip(), TUNNEL_PORT);
     connection.via = Some(tunnel);
-    let timeout = worker.shared.config.hold_timeout;
-    let mut identities = worker.shared.identities.clone();
-    let tls = identities.get(pod.identity(), timeout).await.ok_or_else(|| {
-        Refusal::new("no_certificate", format!("there is no certificate for {}", pod.identity()))
-    })?;
     let key = TunnelKey {
         pod: pod.kernel.cookie(),
         source: pod.identity().clone(),
@@ -190,9 +185,25 @@ async fn through_tunnel(
         forwarded: Some(format!("for=\"{}\"", connection.from)),
         traceparent: Some(trace),
     };
-    let opened = worker.pool.open(key, &tls, request, || pod.kernel.outbound_socket(tunnel)).await;
+    let timeout = worker.shared.config.hold_timeout;
+    let mut identities = worker.shared.identities.clone();
+    let mut tries = 0;
+    let opened = loop {
+        let tls = identities.get(pod.identity(), timeout).await.ok_or_else(|| {
+            Refusal::new("no_certificate", format!("there is no certificate for {}", pod.identity()))
+        })?;
+        let dial = || pod.kernel.outbound_socket(tunnel);
+        let opened = worker.pool.open(key.clone(), &tls, request.clone(), dial).await;
+        tries += 1;
+        match &opened {
+            // Nothing was asked of the peer, and what stood between is not in use any more.
+            Err(OpenError::Tls(_) | OpenError::Closed)
+                if tries < 2 && identities.has_changed(pod.identity(), &tls) => {}
+            _ => break opened,
+        }
+    };
     let opened = opened.map_err(|error| {
-        if let weft_transport::OpenError::Tls(refused) = &error {
+        if let OpenError::Tls(refused) = &error {
             worker.shared.metrics.tls_refused(refused.reason());
         }
         Refusal::new(error.reason(), &error)

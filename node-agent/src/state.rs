@@ -21,6 +21,7 @@ use crate::{
     convert::{self, ConvertError, LocalPod, MeshSettings},
     metrics::Metrics,
     seen::Seen,
+    trust,
 };
 
 /// What the controller said, as of the newest delta.
@@ -53,10 +54,14 @@ enum ApplyError {
     UnknownType(String),
     #[error("addresses arrived before the mesh's settings")]
     NoSettings,
+    #[error("roots of trust: {0:#}")]
+    Trust(anyhow::Error),
 }
 
-/// Resource types in the order in which they are asked for: settings first, because reading the others needs them.
-pub const TYPES: [&str; 5] = [
+/// Resource types in the order in which they are asked for: whom to believe, then settings, because reading the others needs
+/// them.
+pub const TYPES: [&str; 6] = [
+    type_url::TRUST_BUNDLE,
     type_url::MESH_CONFIG,
     type_url::NODE,
     type_url::AUTHORIZATION,
@@ -72,6 +77,7 @@ pub async fn run(
     kernel: Arc<Kernel>,
     metrics: Arc<Metrics>,
     seen: Arc<Seen>,
+    trust: Arc<trust::Keeper>,
     mut updates: mpsc::Receiver<Update>,
     publish: watch::Sender<Arc<Snapshot>>,
 ) {
@@ -79,6 +85,7 @@ pub async fn run(
         maps: Maps::adopt(kernel),
         guards: Guards::default(),
         seen: HashSet::new(),
+        trust,
         current: Snapshot::default(),
     };
     while let Some(update) = updates.recv().await {
@@ -111,6 +118,7 @@ struct Applier {
     maps: Maps,
     guards: Guards,
     seen: HashSet<&'static str>,
+    trust: Arc<trust::Keeper>,
     current: Snapshot,
 }
 
@@ -119,6 +127,12 @@ impl Applier {
         let mut next = self.current.clone();
         let mut touched = Vec::new();
         match update.type_url {
+            // One that is gone without another is no reason to believe nobody.
+            type_url::TRUST_BUNDLE => {
+                for resource in &update.upserts {
+                    self.trust.take(&resource.value).map_err(ApplyError::Trust)?;
+                }
+            }
             type_url::MESH_CONFIG => {
                 for resource in &update.upserts {
                     next.settings = Some(Arc::new(convert::mesh_settings(&resource.name, &resource.value)?));

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use rcgen::{Issuer, KeyPair};
+use weft_api::trust::TrustStatus;
 
 use crate::binaries::binary;
 use crate::http::get;
@@ -107,16 +108,31 @@ impl Controller {
         crate::metrics::Metrics::parse(&get(&self.place.connect(address)?, "/metrics")?.body)
     }
 
-    /// The directory with the root certificate (`root.pem`), its key (`root.key`), and who is enrolled; not in a cluster.
+    /// The directory with the roots' certificates (`root.pem`), the key (in `trust.json`), and who is enrolled; not in a
+    /// cluster.
     pub fn state_dir(&self) -> PathBuf {
         self.place.dir().join("state")
     }
 
-    /// The root, for certificates that it did not give; not in a cluster.
+    /// The root that signs, for certificates that it did not give; not in a cluster.
     pub fn issuer(&self) -> Result<Issuer<'static, KeyPair>> {
-        let key = std::fs::read_to_string(self.state_dir().join("root.key")).context("the root's key")?;
-        let root = std::fs::read_to_string(self.state_dir().join("root.pem")).context("the root")?;
-        Ok(Issuer::from_ca_cert_pem(&root, KeyPair::from_pem(&key)?)?)
+        let record = std::fs::read(self.state_dir().join("trust.json")).context("the root's key")?;
+        let record: serde_json::Value = serde_json::from_slice(&record)?;
+        let pem = |name: &str| record["signer"][name].as_str().with_context(|| format!("no {name}"));
+        Ok(Issuer::from_ca_cert_pem(pem("certificate")?, KeyPair::from_pem(pem("key")?)?)?)
+    }
+
+    /// How a rotation of the root goes on; not in a cluster.
+    pub fn trust_status(&self) -> Result<TrustStatus> {
+        let status = std::fs::read(self.state_dir().join("trust-status.json"))?;
+        Ok(serde_json::from_slice(&status)?)
+    }
+
+    /// Replaces the root, as a person does, and returns when the command says that it is done; not in a cluster.
+    pub fn rotate(&self, timeout: Duration) -> Result<()> {
+        let state = self.state_dir();
+        let arguments = ["rotate", "--state-dir", &state.to_string_lossy()];
+        run_ok(self.place.command(&binary("weft-control")?, arguments), timeout).map(drop)
     }
 
     /// Where agents find it.

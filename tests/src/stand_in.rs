@@ -26,7 +26,8 @@ use crate::control::Controller;
 
 /// The name that agents expect in the controller's certificate.
 const SERVER_NAME: &str = "weft-control";
-const TYPES: [&str; 5] = [
+const TYPES: [&str; 6] = [
+    type_url::TRUST_BUNDLE,
     type_url::MESH_CONFIG,
     type_url::NODE,
     type_url::AUTHORIZATION,
@@ -104,7 +105,7 @@ fn observe(controller: &Controller, agent: &Agent) -> Result<HashMap<&'static st
     let config = ClientConfig {
         server: ControlEndpoint {
             address: controller.address().to_string(),
-            ca_pem: std::fs::read(controller.state_dir().join("root.pem")).context("the root")?,
+            ca: std::fs::read(controller.state_dir().join("root.pem")).context("the root")?.into(),
             server_name: SERVER_NAME.to_owned(),
             token: TokenSource::file(agent.token_file()),
             seen: None,

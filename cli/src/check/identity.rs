@@ -3,6 +3,7 @@
 use std::time::SystemTime;
 
 use serde_json::Value;
+use weft_api::trust::TrustStatus;
 use x509_parser::prelude::{FromDer, Pem, X509Certificate};
 
 use super::{
@@ -15,6 +16,8 @@ use crate::cluster::seconds;
 const DAY: f64 = 24.0 * 3600.0;
 /// Time to plan a change of the root.
 const NOTICE: f64 = 60.0 * DAY;
+/// Nodes that are well follow sooner.
+const LATE: f64 = 600.0;
 
 pub fn checks(view: &View, installed: &Installed) -> Vec<Check> {
     let namespace = &view.namespace;
@@ -91,10 +94,26 @@ fn root(namespace: &str, map: &Result<Option<Value>, String>, now: f64) -> Vec<C
                 } else {
                     Vec::new()
                 },
-                "plan to replace it: see docs/operate.md",
+                "replace it: weft root rotate",
             ),
+            rotation(map, now),
         ],
     }
+}
+
+/// Whether a rotation of the root waits for long.
+fn rotation(map: &Value, now: f64) -> Check {
+    let status: Option<TrustStatus> =
+        map["data"]["status.json"].as_str().and_then(|text| serde_json::from_str(text).ok());
+    let is_late = |status: &TrustStatus| {
+        (!status.waiting_for.is_empty() && now - status.changed_at as f64 > LATE) || status.problem.is_some()
+    };
+    Check::of(
+        Outcome::Warning,
+        "no rotation of the root is held up",
+        status.filter(is_late).map(|status| status.to_string()).into_iter().collect(),
+        "see `weft root status`; a node that is gone for good holds it up until its Node object is deleted, or for a day",
+    )
 }
 
 /// From when to when, in seconds since 1970.

@@ -9,15 +9,28 @@ use rustls::{
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
 use super::*;
-use crate::{enrollment::Enrolled, state_dir::tests::temporary, store::Store, translate};
+use crate::{
+    auth::Account,
+    enrollment::Enrolled,
+    store::Store,
+    translate,
+    trust::{Authorities, Record, keeper::Current},
+};
 
 const WEB: &str = "spiffe://cluster.local/ns/shop/sa/web";
 
 struct Fixture {
     authority: Authority,
     metrics: Metrics,
-    root: Arc<Root>,
-    _state: tempfile::TempDir,
+    trust: Trust,
+}
+
+/// How long callers that are no agents get a certificate.
+const OTHERS: Duration = Duration::from_secs(600);
+
+fn trust() -> Trust {
+    let record = Record::new("cluster.local", SystemTime::now()).unwrap();
+    watch::channel(Current::new(Authorities::try_from(&record).unwrap(), true)).1
 }
 
 fn fixture() -> Fixture {
@@ -28,13 +41,12 @@ fn fixture() -> Fixture {
     store.apply(crate::source::Delta { upserts: translate::tests::objects(text), deletes: Vec::new() });
     let (_, translator) = translate::tests::anew(store, &Enrolled::default(), &translate::tests::settings());
     let identities = translator.identities().clone();
-    let (_guard, state) = temporary();
-    let root = Arc::new(Root::load_or_create(&state, "cluster.local").unwrap());
+    let trust = trust();
     let metrics = Metrics::default();
     let receiver = watch::channel(Some(Arc::new(identities))).1;
     let trust_domain = TrustDomain::new("cluster.local").unwrap();
-    let authority = Authority::new(root.clone(), trust_domain, receiver, metrics.clone());
-    Fixture { authority, metrics, root, _state: _guard }
+    let authority = Authority::new(trust.clone(), OTHERS, trust_domain, receiver, metrics.clone());
+    Fixture { authority, metrics, trust }
 }
 
 fn n(name: &str) -> Caller {
@@ -62,7 +74,8 @@ fn good_csr(names: &[&str]) -> String {
 
 #[test]
 fn the_chain_verifies_and_the_leaf_is_what_agents_expect() {
-    let Fixture { authority, metrics, root, _state } = fixture();
+    let Fixture { authority, metrics, trust } = fixture();
+    let root = trust.borrow().authorities.clone();
     let (request, key) = csr(&[WEB], &rcgen::PKCS_ECDSA_P256_SHA256);
     let chain = authority.issue(&n("n1"), &request, Some(WEB), Some(Duration::from_secs(600))).unwrap();
     assert_eq!(chain.len(), 2);
@@ -71,7 +84,7 @@ fn the_chain_verifies_and_the_leaf_is_what_agents_expect() {
 
     let leaf = CertificateDer::from_pem_slice(chain[0].as_bytes()).unwrap();
     let mut roots = RootCertStore::empty();
-    roots.add(root.der().clone()).unwrap();
+    roots.add(root.signer.der().clone()).unwrap();
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
     let verifier = WebPkiClientVerifier::builder_with_provider(roots.into(), provider).build().unwrap();
     verifier.verify_client_cert(&leaf, &[], UnixTime::now()).unwrap();
@@ -89,7 +102,7 @@ fn the_chain_verifies_and_the_leaf_is_what_agents_expect() {
 
 #[test]
 fn a_day_at_most() {
-    let Fixture { authority, _state, .. } = fixture();
+    let Fixture { authority, .. } = fixture();
     for ttl in [None, Some(Duration::from_secs(u64::MAX)), Some(MAX_TTL * 2)] {
         let chain = authority.issue(&n("n1"), &good_csr(&[]), Some(WEB), ttl).unwrap();
         let leaf = CertificateDer::from_pem_slice(chain[0].as_bytes()).unwrap();
@@ -99,16 +112,38 @@ fn a_day_at_most() {
     }
 }
 
+/// They hear of a new root with their next certificate only.
+#[test]
+fn callers_that_are_no_agents_get_less() {
+    let Fixture { authority, .. } = fixture();
+    let web = Caller::Account(Account { namespace: "shop".to_owned(), name: "web".to_owned() });
+    let chain = authority.issue(&web, &good_csr(&[]), Some(WEB), None).unwrap();
+    let leaf = CertificateDer::from_pem_slice(chain[0].as_bytes()).unwrap();
+    let (_, leaf) = X509Certificate::from_der(&leaf).unwrap();
+    assert!(leaf.validity().time_to_expiration().unwrap() <= OTHERS);
+}
+
+/// The root may have been let go meanwhile.
+#[test]
+fn nothing_is_issued_by_a_root_that_nobody_has_confirmed_for_long() {
+    let Fixture { authority, trust, .. } = fixture();
+    let (sender, receiver) = watch::channel(trust.borrow().clone().aged(Duration::ZERO));
+    let authority = Authority { trust: receiver, ..authority };
+    authority.issue(&n("n1"), &good_csr(&[WEB]), None, None).unwrap();
+    sender.send_modify(|current| *current = current.clone().aged(Duration::from_secs(16)));
+    assert_eq!(authority.issue(&n("n1"), &good_csr(&[WEB]), None, None), Err(Refused::Stale));
+}
+
 #[test]
 fn the_identity_comes_from_the_request_where_none_is_named_beside_it() {
-    let Fixture { authority, _state, .. } = fixture();
+    let Fixture { authority, .. } = fixture();
     authority.issue(&n("n1"), &good_csr(&[WEB]), None, None).unwrap();
     authority.issue(&n("n1"), &good_csr(&[]), Some(WEB), None).unwrap();
 }
 
 #[test]
 fn refusals_have_their_reason() {
-    let Fixture { authority, metrics, _state, .. } = fixture();
+    let Fixture { authority, metrics, .. } = fixture();
     let db = "spiffe://cluster.local/ns/shop/sa/db";
     let elsewhere = "spiffe://example.org/ns/shop/sa/web";
     let p384 = csr(&[WEB], &rcgen::PKCS_ECDSA_P384_SHA384).0;
@@ -150,7 +185,7 @@ fn refusals(metrics: &Metrics, reason: &'static str) -> u64 {
 
 #[test]
 fn a_request_is_signed_by_its_own_key() {
-    let Fixture { authority, _state, .. } = fixture();
+    let Fixture { authority, .. } = fixture();
     let (_, block) = x509_parser::pem::parse_x509_pem(good_csr(&[WEB]).as_bytes()).unwrap();
     let mut der = block.contents;
     // The last byte belongs to the signature.
@@ -164,9 +199,8 @@ fn a_request_is_signed_by_its_own_key() {
 
 #[test]
 fn nothing_is_issued_before_the_objects_are_read() {
-    let Fixture { root, _state, .. } = fixture();
     let (_sender, receiver) = watch::channel(None);
-    let authority =
-        Authority::new(root, TrustDomain::new("cluster.local").unwrap(), receiver, Metrics::default());
+    let trust_domain = TrustDomain::new("cluster.local").unwrap();
+    let authority = Authority::new(trust(), OTHERS, trust_domain, receiver, Metrics::default());
     assert_eq!(authority.issue(&n("n1"), &good_csr(&[WEB]), None, None), Err(Refused::NotReady));
 }

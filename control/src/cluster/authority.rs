@@ -1,7 +1,8 @@
-//! The root of trust in a cluster: certificate and key in a Secret that is made once, whoever of several replicas comes
-//! first; and the certificate alone in a ConfigMap, for the agents to know the controller by.
+//! Whom the mesh believes, in a cluster: the record with keys in a Secret that is made once, whoever of several replicas comes
+//! first; and the certificates alone in a ConfigMap, for agents to know the controller by, with how a rotation goes on, for
+//! people.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::collections::BTreeMap;
 
 use k8s_openapi::{
     ByteString,
@@ -11,94 +12,138 @@ use kube::{
     Api, Client,
     api::{ObjectMeta, PostParams},
 };
-use tokio::time::sleep;
 
-use super::{ClusterError, bounded, code};
-use crate::root::Root;
+use weft_api::trust::{ROTATE_ROOT, TrustStatus};
 
-const SECRET: &str = "weft-ca";
+use super::{ClusterError, code};
+use crate::trust::Record;
+
+pub const SECRET: &str = "weft-ca";
 const CONFIG_MAP: &str = "weft-root";
-const CERTIFICATE: &str = "root.pem";
-const KEY: &str = "root.key";
-/// How often the ConfigMap is looked after: agents that start need it.
-const PUBLISH_INTERVAL: Duration = Duration::from_secs(30);
+const RECORD: &str = "trust.json";
+const BUNDLE: &str = "root.pem";
+const STATUS: &str = "status.json";
 
-/// The cluster's root; made if there is none. A Secret that is there and no good is an error: another root would cut off
-/// every certificate that is in use.
-pub async fn root(client: &Client, namespace: &str, organization: &str) -> Result<Root, ClusterError> {
-    let what = format!("Secret {namespace}/{SECRET}");
-    let secrets: Api<Secret> = Api::namespaced(client.clone(), namespace);
-    let read = async || secrets.get_opt(SECRET).await.map_err(|error| ClusterError::request(&what, &error));
-    if let Some(secret) = read().await? {
-        return parse(&what, &secret);
-    }
-    let invalid = |why: String| ClusterError::Invalid { what: what.clone(), why };
-    let (certificate, key) = Root::generate(organization).map_err(|error| invalid(error.to_string()))?;
-    let data = [(CERTIFICATE, certificate), (KEY, key)];
-    let secret = Secret {
-        metadata: metadata(SECRET),
-        data: Some(data.map(|(name, pem)| (name.to_owned(), ByteString(pem.into_bytes()))).into()),
-        ..Secret::default()
-    };
-    match secrets.create(&PostParams::default(), &secret).await {
-        Ok(created) => {
-            tracing::info!(target: "cluster", "made the mesh's root of trust, in {what}");
-            parse(&what, &created)
+/// The record as it is in the Secret.
+pub struct Stored {
+    pub record: Record,
+    pub version: String,
+}
+
+/// The cluster's record; None if there is none. A Secret that is there and no good is an error.
+pub async fn read(client: &Client, namespace: &str) -> Result<Option<Stored>, ClusterError> {
+    let what = what(namespace);
+    let secret = secrets(client, namespace).get_opt(SECRET).await;
+    secret.map_err(|error| ClusterError::request(&what, &error))?.map(|s| parse(&what, &s)).transpose()
+}
+
+/// Makes the Secret. If another replica was faster, its record is everybody's.
+pub async fn create(client: &Client, namespace: &str, record: &Record) -> Result<Record, ClusterError> {
+    let what = what(namespace);
+    let secret = Secret { metadata: metadata(SECRET), data: Some(data(&what, record)?), ..Secret::default() };
+    match secrets(client, namespace).create(&PostParams::default(), &secret).await {
+        Ok(_) => {
+            tracing::info!(target: "trust", "made the mesh's root of trust, in {what}");
+            Ok(record.clone())
         }
-        // Another replica was faster; its root is everybody's.
         Err(error) if code(&error) == 409 => {
-            let secret = read().await?.ok_or_else(|| invalid("was there and is gone again".to_owned()))?;
-            parse(&what, &secret)
+            let gone = || ClusterError::Invalid { what, why: "was there and is gone again".to_owned() };
+            read(client, namespace).await?.map(|stored| stored.record).ok_or_else(gone)
         }
         Err(error) => Err(ClusterError::request(&what, &error)),
     }
 }
 
-fn parse(what: &str, secret: &Secret) -> Result<Root, ClusterError> {
-    let invalid = |why: String| ClusterError::Invalid { what: what.to_owned(), why };
-    let text = |name: &str| {
-        let bytes = secret.data.as_ref().and_then(|data| data.get(name)).ok_or(format!("has no {name}"))?;
-        String::from_utf8(bytes.0.clone()).map_err(|error| format!("{name}: {error}"))
+/// Replaces the record that was read at `version`. False if there is another one by now.
+pub async fn replace(
+    client: &Client,
+    namespace: &str,
+    record: &Record,
+    version: Option<String>,
+) -> Result<bool, ClusterError> {
+    let what = what(namespace);
+    let failed = |error: &kube::Error| ClusterError::request(&what, error);
+    let secrets = secrets(client, namespace);
+    // As it is, so that labels and annotations of others stay.
+    let Some(secret) = secrets.get_opt(SECRET).await.map_err(|error| failed(&error))? else {
+        return Ok(false);
     };
-    let (certificate, key) = (text(CERTIFICATE).map_err(invalid)?, text(KEY).map_err(invalid)?);
-    Root::from_pem(certificate, &key).map_err(|why| invalid(format!("{CERTIFICATE} {why}")))
+    if secret.metadata.resource_version != version {
+        return Ok(false);
+    }
+    let secret = Secret { data: Some(data(&what, record)?), ..secret };
+    match secrets.replace(SECRET, &PostParams::default(), &secret).await {
+        Ok(_) => Ok(true),
+        Err(error) if code(&error) == 409 => Ok(false),
+        Err(error) => Err(failed(&error)),
+    }
 }
 
-/// Writes the certificate where agents read it, unless it is there already.
-pub async fn publish(client: &Client, namespace: &str, pem: &str) -> Result<(), ClusterError> {
+fn parse(what: &str, secret: &Secret) -> Result<Stored, ClusterError> {
+    let invalid = |why: String| ClusterError::Invalid { what: what.to_owned(), why };
+    let text = secret.data.as_ref().and_then(|data| data.get(RECORD));
+    let text = text.ok_or_else(|| invalid(format!("has no {RECORD}")))?;
+    let record = Record::parse(&text.0).map_err(|why| invalid(format!("{RECORD} {why}")))?;
+    Ok(Stored { record, version: secret.metadata.resource_version.clone().unwrap_or_default() })
+}
+
+fn data(what: &str, record: &Record) -> Result<BTreeMap<String, ByteString>, ClusterError> {
+    let json = record.to_json().map_err(|why| ClusterError::Invalid { what: what.to_owned(), why })?;
+    Ok([(RECORD.to_owned(), ByteString(json))].into())
+}
+
+/// Writes bundle and status where agents and people read them, unless they are there already. Who does not lead leaves
+/// the status of the same record alone, and everybody that of a newer one. Returns what somebody has written there who wants
+/// a rotation.
+pub async fn publish(
+    client: &Client,
+    namespace: &str,
+    pem: &str,
+    status: &TrustStatus,
+    leading: bool,
+) -> Result<Option<String>, ClusterError> {
     let what = format!("ConfigMap {namespace}/{CONFIG_MAP}");
     let failed = |error: kube::Error| ClusterError::request(&what, &error);
+    let text = serde_json::to_string_pretty(status)
+        .map_err(|error| ClusterError::Invalid { what: what.clone(), why: error.to_string() })?;
     let maps: Api<ConfigMap> = Api::namespaced(client.clone(), namespace);
-    let wanted: BTreeMap<String, String> = [(CERTIFICATE.to_owned(), pem.to_owned())].into();
+    let wanted: BTreeMap<_, _> =
+        [(BUNDLE, pem), (STATUS, &text)].map(|(k, v)| (k.to_owned(), v.to_owned())).into();
     match maps.get_opt(CONFIG_MAP).await.map_err(failed)? {
-        Some(map) if map.data.as_ref() == Some(&wanted) => return Ok(()),
         Some(map) => {
+            let request = map.metadata.annotations.as_ref().and_then(|all| all.get(ROTATE_ROOT)).cloned();
+            let data = map.data.clone().unwrap_or_default();
+            let theirs: Option<TrustStatus> =
+                data.get(STATUS).and_then(|text| serde_json::from_str(text).ok());
+            let newer = theirs.as_ref().is_some_and(|theirs| theirs.serial > status.serial);
+            let same = theirs.is_some_and(|theirs| theirs.serial == status.serial)
+                && data.get(BUNDLE).is_some_and(|bundle| bundle == pem);
+            if data == wanted || newer || (same && !leading) {
+                return Ok(request);
+            }
             // Its version goes along: a replica that writes at the same time makes this fail, and the next look finds
             // what it wrote.
             let map = ConfigMap { data: Some(wanted), binary_data: None, ..map };
             maps.replace(CONFIG_MAP, &PostParams::default(), &map).await.map_err(failed)?;
+            Ok(request)
         }
         None => {
             let map =
                 ConfigMap { metadata: metadata(CONFIG_MAP), data: Some(wanted), ..ConfigMap::default() };
             match maps.create(&PostParams::default(), &map).await {
-                Err(error) if code(&error) != 409 => return Err(failed(error)),
-                _ => {}
+                Err(error) if code(&error) != 409 => Err(failed(error)),
+                _ => Ok(None),
             }
         }
     }
-    tracing::info!(target: "cluster", "published the root's certificate, in {what}");
-    Ok(())
 }
 
-/// Publishes again whenever somebody removed or changed it. Never returns.
-pub async fn keep_published(client: Client, namespace: String, pem: String) {
-    loop {
-        sleep(PUBLISH_INTERVAL).await;
-        if let Err(error) = bounded(CONFIG_MAP, publish(&client, &namespace, &pem)).await {
-            tracing::warn!(target: "cluster", "{error}");
-        }
-    }
+fn secrets(client: &Client, namespace: &str) -> Api<Secret> {
+    Api::namespaced(client.clone(), namespace)
+}
+
+fn what(namespace: &str) -> String {
+    format!("Secret {namespace}/{SECRET}")
 }
 
 fn metadata(name: &str) -> ObjectMeta {

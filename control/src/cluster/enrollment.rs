@@ -42,6 +42,8 @@ pub struct Record {
     pub version: String,
     pub places: Places,
     pub failures: Failures,
+    /// The newest bundle of roots that the node has in force. It never goes back.
+    pub trust: u64,
     /// What whoever wrote it had read.
     pub seen: VersionVector,
 }
@@ -126,48 +128,39 @@ impl Records {
         true
     }
 
-    /// Writes down who is enrolled on a node and who cannot be. Returns what is there then, which is more if another
-    /// replica wrote meanwhile; unless `failures` are what the node's agent has just `reported`, since that is whole.
+    /// Writes down who is enrolled on a node, who cannot be, and whom it believes. Returns what is there then, which is more
+    /// if another replica wrote meanwhile; unless the failures are what the node's agent has just `reported`, since that
+    /// is whole. Versions in `record` do not count.
     /// Waits for the API server: not to be called on a runtime's thread.
-    pub fn write(
-        &mut self,
-        node: &str,
-        places: Places,
-        failures: Failures,
-        reported: bool,
-    ) -> Result<(Places, Failures), ClusterError> {
+    pub fn write(&mut self, node: &str, record: Record, reported: bool) -> Result<Record, ClusterError> {
         let runtime = self.runtime.clone();
-        runtime.block_on(bounded(&what(node), self.put(node, places, failures, reported)))
+        runtime.block_on(bounded(&what(node), self.put(node, record, reported)))
     }
 
-    async fn put(
-        &mut self,
-        node: &str,
-        mut places: Places,
-        mut failures: Failures,
-        reported: bool,
-    ) -> Result<(Places, Failures), ClusterError> {
+    async fn put(&mut self, node: &str, mut record: Record, reported: bool) -> Result<Record, ClusterError> {
         let (what, params) = (what(node), PostParams::default());
         let failed = |error: &kube::Error| ClusterError::request(&what, error);
         for _ in 0..ATTEMPTS {
             let known = self.known.get(node);
             let (version, is_new) = (known.map(|known| known.version.clone()), known.is_none());
             // Beside what is written now stays what others wrote.
-            let mut seen = self.seen.clone();
-            seen.merge(&known.map(|known| known.seen.clone()).unwrap_or_default());
-            let object = object(node, &places, &failures, &seen, version);
+            record.seen = self.seen.clone();
+            if let Some(known) = known {
+                record.seen.merge(&known.seen);
+                record.trust = record.trust.max(known.trust);
+            }
+            let object = object(node, &record, version);
             let outcome = match is_new {
                 false => self.objects.replace(node, &params, &object).await,
                 true => self.objects.create(&params, &object).await,
             };
             match outcome {
                 Ok(object) => {
-                    let version = object.metadata.resource_version.unwrap_or_default();
+                    record.version = object.metadata.resource_version.unwrap_or_default();
                     // A number, or nothing of the kind could be read.
-                    self.written.raise(ENROLLMENT, version.parse().unwrap_or(u64::MAX));
-                    let record = Record { version, places: places.clone(), failures: failures.clone(), seen };
-                    self.set(node, record);
-                    return Ok((places, failures));
+                    self.written.raise(ENROLLMENT, record.version.parse().unwrap_or(u64::MAX));
+                    self.set(node, record.clone());
+                    return Ok(record);
                 }
                 Err(error) if is_new && code(&error) == 404 => {
                     return Err(ClusterError::Request { what, why: REMEDY.to_owned() });
@@ -178,10 +171,10 @@ impl Records {
                     let theirs = theirs.map(|object| read(&object)).transpose()?;
                     let known = self.remove(node).unwrap_or_default();
                     if let Some((_, theirs)) = theirs {
-                        add_new(&mut places, &known.places, &theirs.places);
+                        add_new(&mut record.places, &known.places, &theirs.places);
                         if !reported {
-                            take_back(&mut failures, &known.failures, &theirs.failures);
-                            add_new(&mut failures, &known.failures, &theirs.failures);
+                            take_back(&mut record.failures, &known.failures, &theirs.failures);
+                            add_new(&mut record.failures, &known.failures, &theirs.failures);
                         }
                         self.set(node, theirs);
                     }
@@ -255,9 +248,7 @@ fn is_newer(version: &str, than: &str) -> bool {
 
 fn object(
     node: &str,
-    places: &Places,
-    failures: &Failures,
-    seen: &VersionVector,
+    Record { places, failures, trust, seen, .. }: &Record,
     version: Option<String>,
 ) -> DynamicObject {
     let enrolled = places.iter().map(|(uid, place)| EnrolledPod {
@@ -269,7 +260,8 @@ fn object(
         failures.iter().map(|(uid, message)| FailedPod { uid: uid.clone(), message: message.clone() });
     let (enrolled, failures): (Vec<_>, Vec<_>) = (enrolled.collect(), failures.collect());
     let (enrolled_pods, failed_pods) = (enrolled.len(), failures.len());
-    let status = NodeEnrollmentStatus { enrolled_pods, failed_pods, enrolled, failures };
+    let trust_serial = *trust;
+    let status = NodeEnrollmentStatus { enrolled_pods, failed_pods, trust_serial, enrolled, failures };
     let mut object = DynamicObject::new(node, &resource()).data(json!({ "status": status }));
     let label = ("app.kubernetes.io/part-of".to_owned(), "weft".to_owned());
     object.metadata.labels = Some([label].into());
@@ -298,7 +290,7 @@ pub fn read(object: &DynamicObject) -> Result<(String, Record), ClusterError> {
         (pod.uid, Place { node: node.clone(), addresses, pod_uid: pod.pod_uid })
     });
     let failures = status.failures.into_iter().map(|pod| (pod.uid, pod.message));
-    let (places, failures) = (places.collect(), failures.collect());
+    let (places, failures, trust) = (places.collect(), failures.collect(), status.trust_serial);
     let version = object.metadata.resource_version.clone().unwrap_or_default();
     let seen = object.metadata.annotations.as_ref().and_then(|annotations| annotations.get(SEEN));
     let seen = seen.map_or(Ok(VersionVector::default()), |seen| seen.parse());
@@ -307,7 +299,7 @@ pub fn read(object: &DynamicObject) -> Result<(String, Record), ClusterError> {
         why: format!("annotation {SEEN}: {error}"),
     };
     let seen = seen.map_err(invalid)?;
-    Ok((node, Record { version, places, failures, seen }))
+    Ok((node, Record { version, places, failures, trust, seen }))
 }
 
 #[cfg(test)]

@@ -238,7 +238,7 @@ fn report(controller: &mut Controller, random: &mut Random, failing: &mut Failin
         failing.retain(|(of, _), _| *of != node);
         failing.extend(failures.iter().map(|(uid, why)| ((node.clone(), uid.clone()), why.clone())));
     }
-    controller.report(Report { node, enrolled, failures, done });
+    controller.report(Report { node, enrolled, failures, trust: 0, done });
 }
 
 fn start(state: &StateDir, settings: &MeshSettings) -> (Controller, Published) {

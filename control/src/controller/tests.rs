@@ -40,7 +40,8 @@ impl Fixture {
     fn report(&mut self, node: &str, uids: &[&str]) -> Result<(), String> {
         let (done, mut result) = oneshot::channel();
         let enrolled = uids.iter().map(|uid| (*uid).to_owned()).collect();
-        self.controller.report(Report { node: node.to_owned(), enrolled, failures: BTreeMap::new(), done });
+        let node = node.to_owned();
+        self.controller.report(Report { node, enrolled, failures: BTreeMap::new(), trust: 0, done });
         result.try_recv().unwrap()
     }
 

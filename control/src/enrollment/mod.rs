@@ -16,9 +16,10 @@ use weft_xds::VersionVector;
 use crate::{
     cluster::{
         ClusterError,
-        enrollment::{Heard, Records},
+        enrollment::{Heard, Record, Records},
     },
     state_dir::{Access, StateDir, StateError},
+    trust::Settled,
 };
 
 const FILE: &str = "enrollment.json";
@@ -172,6 +173,9 @@ pub struct Enrollment {
     pending_failures: ByNode<Instant>,
     /// Nodes of which `failures` may say something else since somebody asked.
     changed_failures: BTreeSet<String>,
+    /// The newest bundle of roots that each node has in force, as agents reported it to whatever replica. In a directory it
+    /// is not written down: agents report anew to a controller that starts.
+    trust: BTreeMap<String, u64>,
 }
 
 impl Enrollment {
@@ -187,6 +191,7 @@ impl Enrollment {
             written_failures: ByNode::default(),
             pending_failures: ByNode::default(),
             changed_failures: BTreeSet::new(),
+            trust: BTreeMap::new(),
         }
     }
 
@@ -237,6 +242,12 @@ impl Enrollment {
 
     pub fn failures(&self) -> &ByNode<String> {
         &self.failures
+    }
+
+    /// Whom the nodes believe on which somebody is enrolled.
+    pub fn settled(&self) -> Settled {
+        let nodes = self.enrolled.0.keys().chain(self.written.0.keys());
+        nodes.map(|node| (node.clone(), self.trust.get(node).copied().unwrap_or_default())).collect()
     }
 
     fn in_directory(&self) -> bool {
@@ -375,12 +386,14 @@ impl Enrollment {
     }
 
     /// Takes in what `node` reports: as enrolled, of which only pods that `desired` places on that node count, and a pod
-    /// left out stays enrolled; and all that it cannot enrol, with why. On an error nothing has changed.
+    /// left out stays enrolled; all that it cannot enrol, with why; and the bundle of roots it has in force. On an error
+    /// nothing has changed.
     pub fn report(
         &mut self,
         node: &str,
         uids: &BTreeSet<String>,
         failed: Failures,
+        trust: u64,
         desired: &Places,
     ) -> Result<(), EnrollmentError> {
         let places = uids.iter().filter_map(|uid| Some((uid, desired.get(uid)?)));
@@ -392,10 +405,23 @@ impl Enrollment {
         });
         let failures: Failures = failures.collect();
         let fails_anew = failures != self.failures.of(node);
+        let trusts_anew = self.trust.get(node).copied().unwrap_or_default() < trust;
         let mut places = self.enrolled.of(node);
         places.extend(new.iter().map(|(uid, place)| ((*uid).clone(), (*place).clone())));
-        if !new.is_empty() || (fails_anew && !self.in_directory()) {
-            self.write(node, &places, failures.clone(), true)?;
+        let before = self.trust.get(node).copied();
+        if trusts_anew {
+            self.trust.insert(node.to_owned(), trust);
+        }
+        // What a node with nobody enrolled believes concerns nobody.
+        let says_anew = fails_anew || (trusts_anew && !places.is_empty());
+        if (!new.is_empty() || (says_anew && !self.in_directory()))
+            && let Err(error) = self.write(node, &places, failures.clone(), true)
+        {
+            match before {
+                Some(before) => self.trust.insert(node.to_owned(), before),
+                None => self.trust.remove(node),
+            };
+            return Err(error);
         }
         if !new.is_empty() {
             self.changed.extend(new.into_iter().map(|(uid, _)| uid.clone()));
@@ -422,6 +448,7 @@ impl Enrollment {
         let Heard { node, record } = heard;
         let record = record.clone().unwrap_or_default();
         self.written.set(node, record.places.clone());
+        self.take_trust(node, record.trust);
         self.take_failures(node, record.failures);
         self.untidy.insert(node.clone());
         let before: BTreeMap<_, _> =
@@ -438,6 +465,11 @@ impl Enrollment {
                 self.pending.insert(uid, (place, since.unwrap_or_else(Instant::now)));
             }
         }
+    }
+
+    fn take_trust(&mut self, node: &str, trust: u64) {
+        let known = self.trust.entry(node.to_owned()).or_default();
+        *known = trust.max(*known);
     }
 
     /// What is written down of who cannot be enrolled on a node: that counts from now on. Of what is new, it has to turn
@@ -468,6 +500,7 @@ impl Enrollment {
         reported: bool,
     ) -> Result<(), EnrollmentError> {
         let wanted = self.wanted(node, places);
+        let trust = self.trust.get(node).copied().unwrap_or_default();
         match &mut self.storage {
             Storage::Directory(state) => {
                 let mut all = self.enrolled.clone();
@@ -479,11 +512,14 @@ impl Enrollment {
                 self.written = all;
             }
             Storage::Cluster(records) => {
-                let (written, failures) = records.write(node, wanted.clone(), failures, reported)?;
+                let record = Record { places: wanted.clone(), failures, trust, ..Record::default() };
+                let Record { places: written, failures, trust, .. } =
+                    records.write(node, record, reported)?;
                 for (uid, place) in written.iter().filter(|(uid, _)| !wanted.contains_key(*uid)) {
                     self.pending.insert(uid.clone(), (place.clone(), Instant::now()));
                 }
                 self.written.set(node, written);
+                self.take_trust(node, trust);
                 self.take_failures(node, failures);
             }
         }
@@ -502,7 +538,7 @@ enum Tidied {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{cluster::enrollment::Record, state_dir::tests::temporary};
+    use crate::state_dir::tests::temporary;
 
     fn place(node: &str, address: &str) -> Place {
         Place { node: node.to_owned(), addresses: vec![address.parse().unwrap()], pod_uid: None }
@@ -525,7 +561,7 @@ mod tests {
     /// Whether a report changes anything.
     fn report(enrollment: &mut Enrollment, node: &str, reported: &[&str]) -> Result<bool, EnrollmentError> {
         enrollment.take_changed();
-        enrollment.report(node, &uids(reported), Failures::new(), &desired())?;
+        enrollment.report(node, &uids(reported), Failures::new(), 0, &desired())?;
         Ok(!enrollment.take_changed().is_empty())
     }
 

@@ -101,7 +101,7 @@ impl Cluster {
         let root = self.api.get("configmaps", "weft-system", "weft-root").unwrap();
         ControlEndpoint {
             address: control.agents.clone(),
-            ca_pem: root["data"]["root.pem"].as_str().unwrap().as_bytes().to_owned(),
+            ca: root["data"]["root.pem"].as_str().unwrap().as_bytes().to_owned().into(),
             server_name: "weft-control".to_owned(),
             token: TokenSource::file(path),
             seen: None,

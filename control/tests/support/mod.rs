@@ -167,7 +167,7 @@ pub async fn report_failures(
     let failures = failures
         .iter()
         .map(|(uid, message)| EnrollmentFailure { uid: (*uid).to_owned(), message: (*message).to_owned() });
-    let request = EnrollmentReport { enrolled_uids, failures: failures.collect() };
+    let request = EnrollmentReport { enrolled_uids, failures: failures.collect(), trust_serial: 0 };
     client.report_enrollment(request).await.map(drop).map_err(|status| status.code())
 }
 

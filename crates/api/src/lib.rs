@@ -21,6 +21,7 @@ pub mod object;
 pub mod pod;
 pub mod service;
 pub mod service_cidr;
+pub mod trust;
 
 pub use authorization_policy::AuthorizationPolicy;
 pub use discovery::EndpointSlice;

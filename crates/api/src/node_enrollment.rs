@@ -28,6 +28,9 @@ pub struct NodeEnrollmentStatus {
     /// How many pods `failures` lists.
     #[serde(default)]
     pub failed_pods: usize,
+    /// The newest bundle of roots that the node has in force: see `weft.node.v1.TrustBundle`.
+    #[serde(default)]
+    pub trust_serial: u64,
     #[serde(default, deserialize_with = "field::nullable")]
     pub enrolled: Vec<EnrolledPod>,
     #[serde(default, deserialize_with = "field::nullable")]

@@ -50,7 +50,11 @@ pub mod type_url {
     pub const MESH_CONFIG: &str = "type.googleapis.com/weft.node.v1.MeshConfig";
     /// [`crate::node::Node`], the same for every node.
     pub const NODE: &str = "type.googleapis.com/weft.node.v1.Node";
+    /// [`crate::node::TrustBundle`], one resource.
+    pub const TRUST_BUNDLE: &str = "type.googleapis.com/weft.node.v1.TrustBundle";
 }
 
 /// Name of the one [`node::MeshConfig`] resource.
 pub const MESH_CONFIG_NAME: &str = "mesh";
+/// Name of the one [`node::TrustBundle`] resource.
+pub const TRUST_BUNDLE_NAME: &str = "trust";

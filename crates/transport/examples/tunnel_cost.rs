@@ -15,7 +15,9 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::{LocalSet, spawn_local};
-use weft_transport::{ConnectRequest, Counters, Limits, Pool, TlsIdentity, TunnelKey, relay, serve, warm_up};
+use weft_transport::{
+    ConnectRequest, Counters, Limits, Pool, Roots, TlsIdentity, TunnelKey, relay, serve, warm_up,
+};
 
 type Failure = Box<dyn std::error::Error>;
 
@@ -95,13 +97,14 @@ fn identities() -> Result<(Arc<TlsIdentity>, Arc<TlsIdentity>), Failure> {
     params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
     let root = params.self_signed(&key)?.der().clone();
     let issuer = Issuer::new(params, key);
+    let roots = Arc::new(Roots::new([root])?);
     let make = |uri: &str| -> Result<_, Failure> {
         let key = KeyPair::generate()?;
         let mut params = CertificateParams::default();
         params.subject_alt_names = vec![SanType::URI(uri.try_into()?)];
         let chain = vec![params.signed_by(&key, &issuer)?.der().clone()];
         let key = PrivateKeyDer::Pkcs8(key.serialize_der().into());
-        Ok(Arc::new(TlsIdentity::new(uri.parse()?, chain, key, vec![root.clone()])?))
+        Ok(Arc::new(TlsIdentity::new(uri.parse()?, chain, key, &roots)?))
     };
     Ok((make(SERVER)?, make(CLIENT)?))
 }

@@ -2,13 +2,15 @@
 //! uses it. TLS 1.3 only, both sides always authenticated, no SNI, no resumption and no tickets: a tunnel is reused
 //! instead, and a resumed session would outlive the certificates it was made with.
 
+use crate::Roots;
 use crate::verify::{CallerVerifier, PeerRefused, ServerVerifier, identity_of};
 use rustls::client::Resumption;
 use rustls::crypto::CryptoProvider;
 use rustls::crypto::aws_lc_rs::{self, cipher_suite, kx_group};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
-use rustls::{ClientConfig, RootCertStore, ServerConfig, version};
+use rustls::server::NoServerSessionStorage;
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
+use rustls::{ClientConfig, ServerConfig, version};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, SystemTime};
@@ -39,13 +41,15 @@ pub struct TlsIdentity {
     generation: u64,
     not_before: SystemTime,
     not_after: SystemTime,
+    certified: Arc<CertifiedKey>,
+    roots: Arc<Roots>,
     pub(crate) client: Arc<ClientConfig>,
     pub(crate) server: Arc<ServerConfig>,
 }
 
 /// AES-GCM and key exchanges as a stock ztunnel offers them; the hybrid with ML-KEM first, so that traffic recorded today
 /// stays closed to the quantum computers of later.
-static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
+pub(crate) static PROVIDER: LazyLock<Arc<CryptoProvider>> = LazyLock::new(|| {
     Arc::new(CryptoProvider {
         cipher_suites: vec![cipher_suite::TLS13_AES_128_GCM_SHA256, cipher_suite::TLS13_AES_256_GCM_SHA384],
         kx_groups: vec![kx_group::X25519MLKEM768, kx_group::X25519, kx_group::SECP256R1, kx_group::SECP384R1],
@@ -62,7 +66,7 @@ impl TlsIdentity {
         id: SpiffeId,
         chain: Vec<CertificateDer<'static>>,
         key: PrivateKeyDer<'static>,
-        roots: Vec<CertificateDer<'static>>,
+        roots: &Arc<Roots>,
     ) -> Result<Self, TlsError> {
         let leaf = chain.first().ok_or(TlsError::NoCertificate)?;
         let actual = identity_of(leaf).map_err(TlsError::Identity)?;
@@ -73,36 +77,43 @@ impl TlsIdentity {
         let time = |t: x509_parser::time::ASN1Time| {
             SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(t.timestamp()).unwrap_or_default())
         };
-        let (not_before, not_after) = (time(parsed.validity().not_before), time(parsed.validity().not_after));
+        let validity = (time(parsed.validity().not_before), time(parsed.validity().not_after));
+        let certified = CertifiedKey::from_der(chain, key, &PROVIDER).map_err(TlsError::Key)?;
+        Self::build(id, validity, Arc::new(certified), roots)
+    }
 
-        let mut store = RootCertStore::empty();
-        for root in roots {
-            store.add(root).map_err(|e| TlsError::Roots(e.to_string()))?;
-        }
-        let roots = Arc::new(store);
-        let chain_verifier = WebPkiClientVerifier::builder_with_provider(roots.clone(), PROVIDER.clone())
-            .build()
-            .map_err(|e| TlsError::Roots(e.to_string()))?;
+    /// The same certificate and key, believing other roots.
+    pub fn with_roots(&self, roots: &Arc<Roots>) -> Result<Self, TlsError> {
+        Self::build(self.id.clone(), (self.not_before, self.not_after), self.certified.clone(), roots)
+    }
 
-        let verifier = ServerVerifier { roots, algorithms: PROVIDER.signature_verification_algorithms };
+    fn build(
+        id: SpiffeId,
+        (not_before, not_after): (SystemTime, SystemTime),
+        certified: Arc<CertifiedKey>,
+        roots: &Arc<Roots>,
+    ) -> Result<Self, TlsError> {
+        let own = Arc::new(SingleCertAndKey::from(certified.clone()));
+        let algorithms = PROVIDER.signature_verification_algorithms;
         let mut client = ClientConfig::builder_with_provider(PROVIDER.clone())
             .with_protocol_versions(&[&version::TLS13])
             .map_err(TlsError::Key)?
             .dangerous()
-            .with_custom_certificate_verifier(Arc::new(verifier))
-            .with_client_auth_cert(chain.clone(), key.clone_key())
-            .map_err(TlsError::Key)?;
+            .with_custom_certificate_verifier(Arc::new(ServerVerifier {
+                roots: roots.store.clone(),
+                algorithms,
+            }))
+            .with_client_cert_resolver(own.clone());
         client.alpn_protocols = vec![b"h2".to_vec()];
         client.enable_sni = false;
         client.resumption = Resumption::disabled();
 
-        let caller = CallerVerifier { chain: chain_verifier, trust_domain: id.trust_domain().clone() };
+        let caller = CallerVerifier { chain: roots.callers.clone(), trust_domain: id.trust_domain().clone() };
         let mut server = ServerConfig::builder_with_provider(PROVIDER.clone())
             .with_protocol_versions(&[&version::TLS13])
             .map_err(TlsError::Key)?
             .with_client_cert_verifier(Arc::new(caller))
-            .with_single_cert(chain, key)
-            .map_err(TlsError::Key)?;
+            .with_cert_resolver(own);
         server.alpn_protocols = vec![b"h2".to_vec()];
         server.session_storage = Arc::new(NoServerSessionStorage {});
         server.send_tls13_tickets = 0;
@@ -112,9 +123,21 @@ impl TlsIdentity {
             generation: GENERATION.fetch_add(1, Ordering::Relaxed),
             not_before,
             not_after,
+            certified,
+            roots: roots.clone(),
             client: Arc::new(client),
             server: Arc::new(server),
         })
+    }
+
+    /// The leaf, then its intermediates.
+    pub fn chain(&self) -> &[CertificateDer<'static>] {
+        &self.certified.cert
+    }
+
+    /// By which peers are judged.
+    pub fn roots(&self) -> &Arc<Roots> {
+        &self.roots
     }
 
     pub fn id(&self) -> &SpiffeId {

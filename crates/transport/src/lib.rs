@@ -2,8 +2,8 @@
 //! the client's pool of tunnels, and the copying of bytes between applications and tunnels.
 //!
 //! Everything here lives on one single-threaded worker (`tokio::task::LocalSet`): a [`Pool`], its tunnels and its streams
-//! are `!Send`, and nothing is locked or shared between workers but a [`TlsIdentity`], which does not change, and
-//! [`Counters`]. Not here: which peer to dial, policy, metrics, sockets in a pod's network namespace. Those are the
+//! are `!Send`, and nothing is locked or shared between workers but a [`TlsIdentity`], which does not change, its
+//! [`Roots`], and [`Counters`]. Not here: which peer to dial, policy, metrics, sockets in a pod's network namespace. Those are the
 //! agent's, which calls this crate.
 #![forbid(unsafe_code)]
 
@@ -12,6 +12,7 @@ mod identity;
 mod limits;
 mod pool;
 mod relay;
+mod roots;
 mod scratch;
 mod server;
 mod stream;
@@ -23,6 +24,7 @@ pub use identity::{TlsError, TlsIdentity, warm_up};
 pub use limits::Limits;
 pub use pool::{Pool, TunnelKey, Tunneled};
 pub use relay::{Counters, RelayError, relay, relay_plain};
+pub use roots::Roots;
 pub use server::{Incoming, Malformed, ServeError, serve};
 pub use stream::{Stream, StreamError};
 pub use verify::PeerRefused;

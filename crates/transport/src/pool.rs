@@ -5,6 +5,7 @@
 
 use crate::client::{self, ConnectRequest, OpenError};
 use crate::limits::Limits;
+use crate::roots::retired;
 use crate::stream::Stream;
 use crate::verify::expired;
 use crate::{REFUSAL_REASON, TlsIdentity};
@@ -181,7 +182,8 @@ impl Pool {
 
     /// Opens a stream to `request.authority` through a tunnel of `key`. `dial` returns a socket whose connect to `key.to`
     /// was started; it is called only where a tunnel is missing, at once and at most a few times. Must run inside a
-    /// `LocalSet`.
+    /// `LocalSet`. [`OpenError::Closed`] where the roots of `tls` are retired: nothing was opened, and another identity may
+    /// be tried.
     pub async fn open(
         &self,
         key: TunnelKey,
@@ -198,6 +200,7 @@ impl Pool {
             let answer = self.connect(&lease, request.clone());
             match timeout(self.0.limits.response_timeout, answer).await {
                 Err(_) => return Err(OpenError::Timeout { to, phase: "answer to CONNECT" }),
+                Ok(Err(Attempt::Unseen(_))) if tls.roots().are_retired() => return Err(OpenError::Closed),
                 Ok(Err(Attempt::Unseen(_))) if tries < TRIES => {}
                 Ok(Err(Attempt::Unseen(e) | Attempt::Final(e))) => return Err(e),
                 Ok(Ok((send, recv, baggage))) => {
@@ -257,6 +260,7 @@ impl Pool {
             let most = limits.max_streams_per_tunnel.max(1);
             // A handshake's memory is given back when it is over.
             let result = Box::pin(client::establish(socket, &key, &tls, &limits)).await;
+            let retirement = tls.roots().retirement();
             drop((tls, limits));
             peer.handshakes.set(peer.handshakes.get() - 1);
             let (requests, driver, good_until) = match result {
@@ -292,6 +296,10 @@ impl Pool {
             let ended = tokio::select! {
                 ended = &mut driver => ended,
                 () = expired(good_until) => {
+                    tunnel.drain();
+                    driver.await
+                }
+                () = retired(retirement) => {
                     tunnel.drain();
                     driver.await
                 }

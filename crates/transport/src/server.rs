@@ -1,6 +1,7 @@
 //! The server's end of tunnels: proves who is calling, and hands each CONNECT to the agent, which decides.
 
 use crate::limits::Limits;
+use crate::roots::retired;
 use crate::stream::{Stream, StreamError};
 use crate::tls_io::{Flushed, TlsIo};
 use crate::verify::{PeerRefused, expired, peer_of};
@@ -121,8 +122,8 @@ impl Incoming {
 
 /// Serves one accepted connection until the peer closes it. `handler` is called for each CONNECT, must not block, and
 /// spawns what takes time. When `drain` turns true (or its sender is dropped after that) the peer is told to open no more
-/// streams, and this returns when the open ones have ended; so it is when its certificate expires, and none is accepted
-/// after that. Dropping the future cuts the tunnel.
+/// streams, and this returns when the open ones have ended; so it is when its certificate expires or the roots it was
+/// judged by are retired, and none is accepted after that. Dropping the future cuts the tunnel.
 pub async fn serve(
     tcp: TcpStream,
     tls: Arc<TlsIdentity>,
@@ -151,12 +152,15 @@ pub async fn serve(
     // A handshake's memory is given back when it is over.
     let secure = Box::pin(timeout(limits.handshake_timeout, secure));
     let (io, peer, good_until, mut connection) = secure.await.map_err(|_| ServeError::Timeout)??;
+    let retirement = tls.roots().retirement();
     drop(tls);
 
+    let roots = retirement.clone();
     let mut draining = pin!(async {
         tokio::select! {
             () = drained(drain) => {}
             () = expired(good_until) => {}
+            () = retired(roots) => {}
         }
     });
     let mut told = false;
@@ -169,7 +173,9 @@ pub async fn serve(
         let result = loop {
             match connection.poll_accept(cx) {
                 // The caller looks at it as not seen (RFC 9113, 8.7), and comes by another tunnel.
-                Poll::Ready(Some(Ok((_, mut respond)))) if good_until <= SystemTime::now() => {
+                Poll::Ready(Some(Ok((_, mut respond))))
+                    if good_until <= SystemTime::now() || *retirement.borrow() =>
+                {
                     respond.send_reset(Reason::REFUSED_STREAM);
                 }
                 Poll::Ready(Some(Ok((request, respond)))) => {

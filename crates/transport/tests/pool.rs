@@ -7,6 +7,7 @@ mod common;
 use common::*;
 use std::cell::Cell;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -326,5 +327,109 @@ fn a_caller_whose_certificate_has_expired_is_told_to_come_anew() {
             Err(error) => Err(error),
         };
         assert!(late.is_err());
+    });
+}
+
+/// A mesh changes its root: both are believed, then certificates change, then one root is let go. Whichever end is told
+/// first, what is open lives on, and what was proven by the old root serves nothing new.
+#[test]
+fn roots_rotate_under_an_open_stream() {
+    for server_first in [true, false] {
+        run(async move {
+            let (old, new) = (Ca::new(), Ca::new());
+            let app = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let to_app = app.local_addr().unwrap();
+            let (both, only) = (old.roots(&[&new]), new.roots(&[]));
+            let far =
+                Far::start(Arc::new(old.identity(SERVER).with_roots(&both).unwrap()), Limits::default())
+                    .await;
+            let client = Arc::new(old.identity(CLIENT).with_roots(&both).unwrap());
+            let near = Near::start(client, Limits::default(), far.address, to_app).await;
+            let mut open = TcpStream::connect(near.address).await.unwrap();
+            let (mut server, _) = app.accept().await.unwrap();
+            server.write_u8(1).await.unwrap();
+            assert_eq!(open.read_u8().await.unwrap(), 1);
+
+            let renewed = |uri| Arc::new(new.identity(uri).with_roots(&both).unwrap());
+            let (at_server, at_client) = (renewed(SERVER), renewed(CLIENT));
+            assert!(only.issued(at_client.chain()) && !only.issued(old.identity(CLIENT).chain()));
+            match server_first {
+                true => far.identity.replace(at_server.clone()),
+                false => near.identity.replace(at_client.clone()),
+            };
+            let mut half = TcpStream::connect(near.address).await.unwrap();
+            let (mut half_server, _) = app.accept().await.unwrap();
+            far.identity.replace(at_server);
+            near.identity.replace(at_client);
+
+            both.retire();
+            let fresh = |uri| Arc::new(new.identity(uri).with_roots(&only).unwrap());
+            far.identity.replace(fresh(SERVER));
+            near.identity.replace(fresh(CLIENT));
+            let mut last = TcpStream::connect(near.address).await.unwrap();
+            let (mut last_server, _) = app.accept().await.unwrap();
+            for (value, (near, far)) in
+                [(&mut open, &mut server), (&mut half, &mut half_server), (&mut last, &mut last_server)]
+                    .into_iter()
+                    .enumerate()
+            {
+                far.write_u8(value as u8).await.unwrap();
+                assert_eq!(near.read_u8().await.unwrap(), value as u8);
+            }
+            // Whoever still shows what the old root issued is nobody.
+            near.identity.replace(old.identity_of(&Leaf::of(CLIENT), &[&new]));
+            let mut stranger = TcpStream::connect(near.address).await.unwrap();
+            assert!(stranger.read_u8().await.is_err());
+            assert_eq!(near.relay_ended().await, "refused_by_peer");
+        });
+    }
+}
+
+/// A tunnel by roots that are retired takes no stream, though its certificates are good: the peer might be an impostor who
+/// has the old root's key and came in time.
+#[test]
+fn a_tunnel_by_retired_roots_takes_no_stream() {
+    run(async {
+        let ca = Ca::new();
+        let app = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let roots = ca.roots(&[]);
+        let far =
+            Far::start(Arc::new(ca.identity(SERVER).with_roots(&roots).unwrap()), Limits::default()).await;
+        let tcp = TcpStream::connect(far.address).await.unwrap();
+        let connector = raw_client(Some(ca.leaf(&Leaf::of(CLIENT))), &["h2"], TLS13);
+        let tls = connector.connect("server.example".try_into().unwrap(), tcp).await.unwrap();
+        let (mut requests, connection) = h2::client::handshake(tls).await.unwrap();
+        spawn_local(async move { drop(connection.await) });
+        let ask = |requests: &mut h2::client::SendRequest<bytes::Bytes>| {
+            let uri = app.local_addr().unwrap().to_string();
+            let request = http::Request::builder().method("CONNECT").uri(uri).body(()).unwrap();
+            requests.send_request(request, false)
+        };
+        let (answer, _stream) = ask(&mut requests).unwrap();
+        assert_eq!(answer.await.unwrap().status(), 200);
+        roots.retire();
+        let late = match ask(&mut requests) {
+            Ok((answer, _)) => answer.await.map(drop),
+            Err(error) => Err(error),
+        };
+        assert!(late.is_err());
+    });
+}
+
+/// Whoever had taken its identity up before that is told to take the new one.
+#[test]
+fn an_identity_of_retired_roots_opens_nothing() {
+    run(async {
+        let ca = Ca::new();
+        let app = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let far = Far::start(ca.identity(SERVER), Limits::default()).await;
+        let client = ca.identity(CLIENT);
+        let near =
+            Near::start(client.clone(), Limits::default(), far.address, app.local_addr().unwrap()).await;
+        client.roots().retire();
+        let mut late = TcpStream::connect(near.address).await.unwrap();
+        assert!(late.read_u8().await.is_err());
+        assert_eq!(near.relay_ended().await, "closed");
+        assert!(client.roots().are_retired());
     });
 }

@@ -148,7 +148,7 @@ fn a_certificate_that_is_not_ours_makes_no_identity() {
     let ca = Ca::new();
     let make = |leaf: &Leaf, of: &str| {
         let (chain, key) = ca.leaf(leaf);
-        TlsIdentity::new(id(of), chain, key, vec![ca.root.clone()]).map(drop)
+        TlsIdentity::new(id(of), chain, key, &ca.roots(&[])).map(drop)
     };
     assert!(make(&Leaf::of(SERVER), SERVER).is_ok());
     assert!(matches!(make(&Leaf::of(SERVER), CLIENT), Err(TlsError::OtherIdentity { .. })));
@@ -156,7 +156,7 @@ fn a_certificate_that_is_not_ours_makes_no_identity() {
     assert!(matches!(make(&two, SERVER), Err(TlsError::Identity(PeerRefused::ManySans(2)))));
     let (chain, _) = ca.leaf(&Leaf::of(SERVER));
     let (_, key) = ca.leaf(&Leaf::of(SERVER));
-    let mixed = TlsIdentity::new(id(SERVER), chain.clone(), key.clone_key(), vec![ca.root.clone()]);
+    let mixed = TlsIdentity::new(id(SERVER), chain, key, &ca.roots(&[]));
     assert!(matches!(mixed, Err(TlsError::Key(_))));
-    assert!(matches!(TlsIdentity::new(id(SERVER), chain, key, vec![]), Err(TlsError::Roots(_))));
+    assert!(matches!(Roots::new([]), Err(TlsError::Roots(_))));
 }

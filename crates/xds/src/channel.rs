@@ -2,6 +2,7 @@
 //! by the xDS client here and by the agent's clients of the CA and of the node service.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::watch;
@@ -25,14 +26,42 @@ const CONNECTION_WINDOW: u32 = 8 << 20;
 pub struct ControlEndpoint {
     /// `HOST:PORT`; the host is a name or an address, an IPv6 address in brackets.
     pub address: String,
-    /// Certificates, in PEM, one of which the controller's certificate must chain to.
-    pub ca_pem: Vec<u8>,
+    /// Certificates, one of which the controller's certificate must chain to.
+    pub ca: CaSource,
     /// DNS name the controller's certificate must carry, normally `weft-control`.
     pub server_name: String,
     /// Proves which node is calling.
     pub token: TokenSource,
     /// What the node has seen of the controller's states, if it keeps that: a replica that has seen less does not serve it.
     pub seen: Option<watch::Receiver<VersionVector>>,
+}
+
+/// Where the certificates come from by which the controller is known; asked anew for each connection.
+#[derive(Clone)]
+pub struct CaSource(Arc<dyn Fn() -> Vec<u8> + Send + Sync>);
+
+impl CaSource {
+    /// `read` gives them in PEM.
+    pub fn new(read: impl Fn() -> Vec<u8> + Send + Sync + 'static) -> CaSource {
+        CaSource(Arc::new(read))
+    }
+
+    /// As they are now, in PEM.
+    pub fn pem(&self) -> Vec<u8> {
+        (self.0)()
+    }
+}
+
+impl From<Vec<u8>> for CaSource {
+    fn from(pem: Vec<u8>) -> CaSource {
+        CaSource::new(move || pem.clone())
+    }
+}
+
+impl std::fmt::Debug for CaSource {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("CaSource")
+    }
 }
 
 /// Where the join token comes from.
@@ -142,7 +171,7 @@ fn endpoint(control: &ControlEndpoint) -> Result<Endpoint, ConfigError> {
         return Err(bad_address("a port is needed, and nothing after it".to_owned()));
     }
     let tls = ClientTlsConfig::new()
-        .ca_certificate(Certificate::from_pem(&control.ca_pem))
+        .ca_certificate(Certificate::from_pem(control.ca.pem()))
         .domain_name(control.server_name.clone())
         .timeout(CONNECT_TIMEOUT);
     let endpoint = endpoint.tls_config(tls).map_err(|error| ConfigError::Tls {
@@ -203,7 +232,7 @@ mod tests {
         let with_address = |address: &str| {
             endpoint(&ControlEndpoint {
                 address: address.to_owned(),
-                ca_pem: Vec::new(),
+                ca: Vec::new().into(),
                 server_name: "weft-control".to_owned(),
                 token: TokenSource::file("token"),
                 seen: None,

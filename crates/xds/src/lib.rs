@@ -27,7 +27,9 @@ mod version;
 mod wire;
 
 pub use backoff::Backoff;
-pub use channel::{AuthenticatedChannel, CallerMetadata, ConfigError, ControlEndpoint, TokenSource, channel};
+pub use channel::{
+    AuthenticatedChannel, CaSource, CallerMetadata, ConfigError, ControlEndpoint, TokenSource, channel,
+};
 pub use client::{ClientConfig, run};
 pub use server::{Authenticate, Authentication, NodeName, Server, Stats, with_keepalive};
 pub use snapshot::{Resources, Snapshot, resource};

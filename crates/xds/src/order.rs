@@ -2,8 +2,8 @@
 
 use weft_proto::type_url;
 
-/// Sort key of a type: the mesh's settings first, because reading the others takes them; then nodes, policies
-/// and addresses; a node's own workloads last, the rest between.
+/// Sort key of a type: whom to believe first; then the mesh's settings, because reading the others takes them; then nodes,
+/// policies and addresses; a node's own workloads last, the rest between.
 ///
 /// An agent that starts anew must not take a node's address for that of an endpoint alone: it would stop capturing the
 /// node's ports until it heard better.
@@ -21,12 +21,13 @@ pub(crate) struct TypeKey {
 impl TypeKey {
     pub(crate) fn new(url: &str) -> TypeKey {
         let rank = match url {
-            type_url::MESH_CONFIG => 0,
-            type_url::NODE => 1,
-            type_url::AUTHORIZATION => 2,
-            type_url::ADDRESS => 3,
-            type_url::LOCAL_WORKLOAD => 5,
-            _ => 4,
+            type_url::TRUST_BUNDLE => 0,
+            type_url::MESH_CONFIG => 1,
+            type_url::NODE => 2,
+            type_url::AUTHORIZATION => 3,
+            type_url::ADDRESS => 4,
+            type_url::LOCAL_WORKLOAD => 6,
+            _ => 5,
         };
         TypeKey { rank, url: url.to_owned() }
     }

@@ -96,7 +96,7 @@ impl Caller<'_> {
     /// Reports these workloads as enrolled.
     pub fn report(&self, uids: &[String]) -> Result<Result<(), Status>> {
         self.call(async |channel| {
-            let report = EnrollmentReport { enrolled_uids: uids.to_vec(), failures: Vec::new() };
+            let report = EnrollmentReport { enrolled_uids: uids.to_vec(), ..EnrollmentReport::default() };
             NodeServiceClient::new(channel).report_enrollment(self.request(report)).await.map(drop)
         })
     }

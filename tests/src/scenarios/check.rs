@@ -151,11 +151,13 @@ fn expired_root(kube: &KubeCluster) -> Result<()> {
     let object = |kind: &str, name: &str, field: &str, data: Value| {
         serde_json::json!({"apiVersion": "v1", "kind": kind, "metadata": {"name": name, "namespace": "weft-system"}, field: data}).to_string()
     };
+    let signer = serde_json::json!({"certificate": certificate, "key": key});
+    let record = serde_json::json!({"version": 1, "serial": 1, "changedAt": 1, "signer": signer});
     kube.apply(&object(
         "Secret",
         "weft-ca",
         "stringData",
-        serde_json::json!({"root.pem": certificate, "root.key": key}),
+        serde_json::json!({"trust.json": record.to_string()}),
     ))?;
     kube.kubectl(["delete", "pod", "-n", "weft-system", "-l", "app.kubernetes.io/name=weft-control"])?;
     kube.apply(&object("ConfigMap", "weft-root", "data", serde_json::json!({"root.pem": certificate})))?;

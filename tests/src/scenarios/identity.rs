@@ -10,7 +10,7 @@ use weft_testbed::evidence::TUNNEL_PORT;
 use weft_testbed::poll::{pause, until};
 use weft_testbed::{Moment, Netns, Pod, Server, servers};
 
-use crate::rogue::{Forged, Rogue};
+use crate::rogue::{Forged, Rogue, SignedBy};
 use crate::runner::Scenario;
 use crate::shop::{ECHO, Shop, marker, must_be_refused, must_be_refused_at_once};
 
@@ -53,7 +53,7 @@ fn certificates(cluster: Builder) -> Result<()> {
             "not yet valid",
             Rogue::with(Forged { valid_from: now + hour, valid_until: now + 2 * hour, ..good() }),
         ),
-        ("another root", Rogue::with(Forged { known_root: false, ..good() })),
+        ("another root", Rogue::with(Forged { signed_by: SignedBy::Nobody, ..good() })),
         ("another trust domain", Rogue::with(Forged::good("spiffe://elsewhere.example/ns/shop/sa/default"))),
         (
             "two identities",

@@ -226,6 +226,8 @@ fn operations(cluster: Builder) -> Result<()> {
     })?;
     check_records(&kube)?;
 
+    crate::rotation::in_a_cluster(&kube, &url)?;
+
     // Without API server and controller traffic goes on; a controller that comes back takes nothing back.
     kube.control_plane().kill_api()?;
     let wget = ["wget", "-q", "-O", "-", &url];
@@ -281,7 +283,7 @@ fn operations(cluster: Builder) -> Result<()> {
 }
 
 /// Waits until the controllers are as many as they should be.
-fn rolled_out(kube: &KubeCluster) -> Result<()> {
+pub fn rolled_out(kube: &KubeCluster) -> Result<()> {
     kube.kubectl(["rollout", "status", "-n", "weft-system", "deployment/weft-control", "--timeout=90s"])
         .map(drop)
 }
@@ -309,7 +311,12 @@ fn check_records(kube: &KubeCluster) -> Result<()> {
             || {
                 let object = format!("nodeenrollment/{node}");
                 let text = kube.kubectl(["get", object.as_str(), "-o", "jsonpath={.status}"])?;
-                let status: serde_json::Value = serde_json::from_str(&text)?;
+                let mut status: serde_json::Value = serde_json::from_str(&text)?;
+                let trust = status.as_object_mut().and_then(|status| status.remove("trustSerial"));
+                ensure!(
+                    trust.is_some_and(|serial| serial.as_u64() > Some(0)),
+                    "its roots are not written down"
+                );
                 let expected = serde_json::json!({
                     "enrolledPods": 1,
                     "failedPods": 0,
@@ -456,10 +463,10 @@ fn reboot(kube: &KubeCluster, url: &str, page: &str) -> Result<()> {
 }
 
 /// A loop of calls from the client's pod, each a new connection.
-struct Calls(std::process::Child);
+pub struct Calls(std::process::Child);
 
 impl Calls {
-    fn start(kube: &KubeCluster, url: &str) -> Result<Calls> {
+    pub fn start(kube: &KubeCluster, url: &str) -> Result<Calls> {
         let script = format!(
             "rm -f /tmp/stop; n=0; failed=0; while [ ! -e /tmp/stop ]; do n=$((n+1)); \
              wget -q -O /dev/null {url} || failed=$((failed+1)); sleep 0.05; done; echo $n $failed"
@@ -471,7 +478,7 @@ impl Calls {
     }
 
     /// How many were made, and how many failed.
-    fn stop(self, kube: &KubeCluster) -> Result<(u32, u32)> {
+    pub fn stop(self, kube: &KubeCluster) -> Result<(u32, u32)> {
         kube.exec("shop", "client", &["touch", "/tmp/stop"])?;
         let output = self.0.wait_with_output()?;
         let text = String::from_utf8_lossy(&output.stdout).into_owned();

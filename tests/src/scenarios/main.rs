@@ -24,6 +24,7 @@ mod probes;
 mod races;
 mod replicas;
 mod rogue;
+mod rotation;
 mod runner;
 mod services;
 mod shop;
@@ -66,6 +67,7 @@ fn all() -> Vec<Scenario> {
         failure::SCENARIOS,
         races::SCENARIOS,
         identity::SCENARIOS,
+        rotation::SCENARIOS,
         policies::SCENARIOS,
         policies_held::SCENARIOS,
         policies_table::SCENARIOS,

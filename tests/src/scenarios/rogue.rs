@@ -19,8 +19,16 @@ pub struct Forged {
     pub uris: Vec<String>,
     pub valid_from: OffsetDateTime,
     pub valid_until: OffsetDateTime,
-    /// Signed by the cluster's root, or by one that nobody knows.
-    pub known_root: bool,
+    pub signed_by: SignedBy,
+}
+
+/// Whose key is behind a certificate.
+pub enum SignedBy {
+    /// The root's that signs now.
+    Root,
+    /// The root's that signed then.
+    Former(Arc<Issuer<'static, KeyPair>>),
+    Nobody,
 }
 
 impl Forged {
@@ -31,15 +39,18 @@ impl Forged {
             uris: vec![identity.to_owned()],
             valid_from: now - time::Duration::minutes(5),
             valid_until: now + time::Duration::hours(1),
-            known_root: true,
+            signed_by: SignedBy::Root,
         }
     }
 
     fn make(&self, cluster: &Cluster) -> Result<(Vec<CertificateDer<'static>>, PrivateKeyDer<'static>)> {
-        let issuer = if self.known_root {
-            cluster.controller().issuer()?
-        } else {
-            Issuer::new(CertificateParams::default(), KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?)
+        let issuer = match &self.signed_by {
+            SignedBy::Root => Arc::new(cluster.controller().issuer()?),
+            SignedBy::Former(issuer) => issuer.clone(),
+            SignedBy::Nobody => {
+                let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
+                Arc::new(Issuer::new(CertificateParams::default(), key))
+            }
         };
         let mut parameters = CertificateParams::default();
         for uri in &self.uris {
@@ -51,7 +62,7 @@ impl Forged {
             vec![ExtendedKeyUsagePurpose::ClientAuth, ExtendedKeyUsagePurpose::ServerAuth];
         parameters.use_authority_key_identifier_extension = true;
         let key = KeyPair::generate_for(&PKCS_ECDSA_P256_SHA256)?;
-        let leaf = parameters.signed_by(&key, &issuer)?;
+        let leaf = parameters.signed_by(&key, &*issuer)?;
         let key = PrivateKeyDer::try_from(key.serialize_der()).map_err(|error| anyhow::anyhow!("{error}"))?;
         Ok((vec![leaf.der().clone()], key))
     }

@@ -161,7 +161,7 @@ async fn report(channel: AuthenticatedChannel, mut news: watch::Receiver<BTreeSe
         let enrolled_uids = news.borrow_and_update().iter().cloned().collect();
         seen.reports.fetch_add(1, Ordering::Relaxed);
         let outcome =
-            client.report_enrollment(EnrollmentReport { enrolled_uids, failures: Vec::new() }).await;
+            client.report_enrollment(EnrollmentReport { enrolled_uids, ..EnrollmentReport::default() }).await;
         if outcome.is_err() {
             sleep(RETRY).await;
             news.mark_changed();

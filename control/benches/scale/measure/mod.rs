@@ -197,7 +197,7 @@ fn endpoint(directory: &Path, api: &Api, control: &Control, node: &str) -> Resul
     let root: serde_json::Value = serde_json::from_slice(&root)?;
     Ok(ControlEndpoint {
         address: control.agents.clone(),
-        ca_pem: root["data"]["root.pem"].as_str().unwrap_or_default().as_bytes().to_owned(),
+        ca: root["data"]["root.pem"].as_str().unwrap_or_default().as_bytes().to_owned().into(),
         server_name: "weft-control".to_owned(),
         token: TokenSource::file(token),
         seen: None,

@@ -77,9 +77,12 @@ impl Ca {
 
     pub fn identity_of(&self, leaf: &Leaf, more_roots: &[&Ca]) -> Arc<TlsIdentity> {
         let (chain, key) = self.leaf(leaf);
-        let mut roots = vec![self.root.clone()];
-        roots.extend(more_roots.iter().map(|ca| ca.root.clone()));
-        Arc::new(TlsIdentity::new(id(leaf.uris[0]), chain, key, roots).unwrap())
+        Arc::new(TlsIdentity::new(id(leaf.uris[0]), chain, key, &self.roots(more_roots)).unwrap())
+    }
+
+    pub fn roots(&self, more: &[&Ca]) -> Arc<Roots> {
+        let roots = std::iter::once(self).chain(more.iter().copied()).map(|ca| ca.root.clone());
+        Arc::new(Roots::new(roots).unwrap())
     }
 
     pub fn store(&self) -> RootCertStore {
@@ -170,6 +173,8 @@ impl rustls::client::danger::ServerCertVerifier for Believer {
 /// An agent that serves tunnels and relays to whatever authority is asked for.
 pub struct Far {
     pub address: SocketAddr,
+    /// Of the tunnels to come.
+    pub identity: Rc<RefCell<Arc<TlsIdentity>>>,
     pub drain: watch::Sender<bool>,
     /// How each tunnel ended: a reason, or "ok".
     pub ended: Rc<RefCell<Vec<&'static str>>>,
@@ -209,8 +214,10 @@ impl Far {
     pub async fn start(tls: Arc<TlsIdentity>, limits: Limits) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let (drain, draining) = watch::channel(false);
+        let identity = Rc::new(RefCell::new(tls));
         let far = Self {
             address: listener.local_addr().unwrap(),
+            identity: identity.clone(),
             drain,
             ended: Rc::default(),
             relays: Rc::default(),
@@ -222,7 +229,7 @@ impl Far {
         spawn_local(async move {
             while let Ok((tcp, _)) = listener.accept().await {
                 *accepted.borrow_mut() += 1;
-                let (tls, limits, draining) = (tls.clone(), limits.clone(), draining.clone());
+                let (tls, limits, draining) = (identity.borrow().clone(), limits.clone(), draining.clone());
                 let (ended, relays, all) = (ended.clone(), relays.clone(), all.clone());
                 spawn_local(async move {
                     let handler = move |incoming| {
@@ -290,6 +297,8 @@ pub fn request(authority: SocketAddr) -> ConnectRequest {
 /// The near agent for one destination: applications that connect to `address` are carried to `app` behind `far`.
 pub struct Near {
     pub address: SocketAddr,
+    /// Of the connections to come.
+    pub identity: Rc<RefCell<Arc<TlsIdentity>>>,
     pub pool: Pool,
     pub relays: Rc<RefCell<Vec<&'static str>>>,
     pub counters: Rc<RefCell<Vec<Arc<Counters>>>>,
@@ -298,8 +307,10 @@ pub struct Near {
 impl Near {
     pub async fn start(tls: Arc<TlsIdentity>, limits: Limits, far: SocketAddr, app: SocketAddr) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let identity = Rc::new(RefCell::new(tls));
         let near = Self {
             address: listener.local_addr().unwrap(),
+            identity: identity.clone(),
             pool: Pool::new(limits),
             relays: Rc::default(),
             counters: Rc::default(),
@@ -310,7 +321,7 @@ impl Near {
                 tcp.set_nodelay(true).unwrap();
                 let counters = Arc::new(Counters::default());
                 all.borrow_mut().push(counters.clone());
-                let (pool, relays, tls) = (pool.clone(), relays.clone(), tls.clone());
+                let (pool, relays, tls) = (pool.clone(), relays.clone(), identity.borrow().clone());
                 spawn_local(async move {
                     let how = match pool.open(key(far), &tls, request(app), dial(far)).await {
                         Err(e) => {

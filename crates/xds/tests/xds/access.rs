@@ -32,7 +32,7 @@ async fn a_wrong_or_missing_token_is_refused_and_a_right_one_is_picked_up() {
 async fn a_controller_of_another_ca_or_name_is_not_spoken_to() {
     let controller = Controller::start(Some(snapshot(&[(ADDRESS, "a", "1")], &[]))).await;
     let mut other_ca = node("n1", controller.address);
-    other_ca.endpoint.ca_pem = pki().ca_pem.into_bytes();
+    other_ca.endpoint.ca = pki().ca_pem.into_bytes().into();
     let mut other_name = node("n1", controller.address);
     other_name.endpoint.server_name = "weft-impostor".to_owned();
     for node in [other_ca, other_name] {

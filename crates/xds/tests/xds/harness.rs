@@ -184,7 +184,7 @@ pub fn node(name: &str, address: SocketAddr) -> Node {
     let (seen, seen_receiver) = watch::channel(VersionVector::default());
     let endpoint = ControlEndpoint {
         address: address.to_string(),
-        ca_pem: PKI.ca_pem.clone().into_bytes(),
+        ca: PKI.ca_pem.clone().into_bytes().into(),
         server_name: SERVER_NAME.to_owned(),
         token: TokenSource::file(token),
         seen: Some(seen_receiver),
