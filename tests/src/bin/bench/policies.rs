@@ -25,7 +25,6 @@ const CONNECTIONS: u32 = 32;
 const SECONDS: u32 = 3;
 const ROUNDS: u32 = 8;
 const PORT: u16 = 80;
-const FILE: &str = "policies.yaml";
 const NAMESPACES: usize = 100;
 const OF_EACH: usize = 100;
 const NEWS: Duration = Duration::from_secs(60);
@@ -59,7 +58,7 @@ pub fn measure(runs: u32) -> Result<Vec<Series>> {
         Ok(Found { cpu, rate: requests.per_second })
     };
     let change = |guarded: bool| -> Result<()> {
-        set(&cluster, guarded.then_some(policies.as_str()))?;
+        set(&cluster, &policies, guarded)?;
         in_force(&cluster, &client, &server, guarded)?;
         quiet(&cluster)?;
         // What a change leaves to be done again, such as pages given back, is no cost of a connection.
@@ -101,8 +100,12 @@ fn quiet(cluster: &Cluster) -> Result<()> {
     })
 }
 
-fn set(cluster: &Cluster, policies: Option<&str>) -> Result<()> {
-    cluster.directory().write(FILE, policies.unwrap_or("# none\n"))
+/// One file a namespace; that of the pods is the last, so that whoever knows it knows them all.
+fn set(cluster: &Cluster, policies: &[String], guarded: bool) -> Result<()> {
+    policies.iter().enumerate().rev().try_for_each(|(number, text)| {
+        let text = if guarded { text.as_str() } else { "# none\n" };
+        cluster.directory().write(&format!("policies-{number}.yaml"), text)
+    })
 }
 
 /// Waits until calls are judged so. The policy that admits the client is named where it does.
@@ -119,9 +122,10 @@ fn in_force(cluster: &Cluster, client: &Pod, server: &Pod, guarded: bool) -> Res
     })
 }
 
-fn policies() -> String {
-    let mut text = String::new();
-    for namespace in 0..NAMESPACES {
+/// By namespace, that of the pods first.
+fn policies() -> Vec<String> {
+    let of_namespace = |namespace: usize| {
+        let mut text = String::new();
         let (namespace, last) = match namespace {
             0 => ("mesh".to_owned(), OF_EACH - 1),
             other => (format!("other-{other}"), OF_EACH),
@@ -135,9 +139,17 @@ fn policies() -> String {
             };
             write_policy(&mut text, &namespace, &format!("p{number}"), &spec);
         }
-    }
-    write_policy(&mut text, "mesh", "z-client", "{rules: [{from: [{serviceAccounts: [client]}]}]}");
-    text
+        if last < OF_EACH {
+            write_policy(
+                &mut text,
+                &namespace,
+                "z-client",
+                "{rules: [{from: [{serviceAccounts: [client]}]}]}",
+            );
+        }
+        text
+    };
+    (0..NAMESPACES).map(of_namespace).collect()
 }
 
 fn write_policy(text: &mut String, namespace: &str, name: &str, spec: &str) {
