@@ -5,8 +5,9 @@
 //! A policy that cannot be understood denies. What is open when policies change is decided again, by the connection itself.
 
 use std::{
-    collections::{BTreeMap, HashMap, HashSet},
+    collections::{BTreeMap, HashSet},
     net::IpAddr,
+    ops::Bound,
     sync::Arc,
 };
 
@@ -16,7 +17,10 @@ use weft_core::{
     SpiffeId,
     policy::{Attempt, Decision, Guard, Policy, Verdict},
 };
-use weft_proto::{authorization, type_url};
+use weft_proto::{
+    authorization::{self, TAG},
+    type_url,
+};
 
 use crate::{
     connection::{Connection, Refusal},
@@ -35,7 +39,8 @@ pub struct Guarded(imbl::HashMap<Arc<str>, watch::Receiver<InForce>>);
 /// All policies, and who is guarded by which.
 #[derive(Debug, Default)]
 pub struct Guards {
-    policies: HashMap<Arc<str>, Arc<Policy>>,
+    /// By their names on the wire.
+    policies: BTreeMap<Arc<str>, Arc<Policy>>,
     pods: BTreeMap<Arc<str>, Pod>,
     guarded: Guarded,
 }
@@ -57,6 +62,14 @@ impl Guards {
             self.policies.remove(name.as_str());
         }
         self.policies.extend(upserts.map(|(name, policy)| (name.into(), Arc::new(policy))));
+    }
+
+    /// Whether there is a policy that people know by that name.
+    pub fn has(&self, name: &str) -> bool {
+        let tagged = format!("{name}{TAG}");
+        let from = (Bound::Included(tagged.as_str()), Bound::Unbounded);
+        let is_tagged = |(found, _): (&Arc<str>, &Arc<Policy>)| found.starts_with(&tagged);
+        self.policies.contains_key(name) || self.policies.range::<str, _>(from).next().is_some_and(is_tagged)
     }
 
     /// Brings what is in force in line with `next`, in which resources of a type are new, or no longer there.

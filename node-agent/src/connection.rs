@@ -18,7 +18,8 @@ use weft_transport::{Counters, RelayError};
 use crate::{
     authorization::Admission,
     metrics::{
-        AuthorizationLabels, ConnectionLabels, FailureLabels, Metrics, Reporter, Security, Text, Verdict,
+        AuthorizationLabels, ConnectionLabels, FailureLabels, Metrics, NO_POLICY, Reporter, Security, Text,
+        Verdict,
     },
 };
 
@@ -129,7 +130,7 @@ impl Connection {
         };
         let [_, source_namespace, source_principal] = self.source.labels();
         let [destination_workload, destination_namespace, _] = self.destination.labels();
-        let policy = Text(decision.policy.clone().unwrap_or_else(|| "none".into()));
+        let policy = Text(decision.policy.clone().unwrap_or_else(|| NO_POLICY.into()));
         let labels = AuthorizationLabels {
             verdict,
             policy,
@@ -138,7 +139,7 @@ impl Connection {
             destination_workload,
             destination_namespace,
         };
-        self.metrics.authorization.get_or_create(&labels).inc();
+        self.metrics.judged.count(&labels);
         self.judged = Some((verdict, decision.policy.clone()));
         if verdict == Verdict::audited {
             self.log(0, 0, End::Audited);

@@ -2,8 +2,9 @@
 //! once, when it opens.
 
 use std::{
+    collections::{HashMap, HashSet},
     fmt::Write,
-    sync::{Arc, atomic::AtomicU64},
+    sync::{Arc, Mutex, PoisonError, atomic::AtomicU64},
 };
 
 use prometheus_client::{
@@ -78,10 +79,12 @@ pub enum Verdict {
     denied,
 }
 
+pub const NO_POLICY: &str = "none";
+
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct AuthorizationLabels {
     pub verdict: Verdict,
-    /// What the verdict rests on; "none" where that is no single policy.
+    /// What the verdict rests on; [`NO_POLICY`] where that is no single one.
     pub policy: Text,
     pub source_namespace: Text,
     pub source_principal: Text,
@@ -99,6 +102,41 @@ pub struct IdentityLabels {
     pub identity: Text,
 }
 
+/// Callers judged, by policy and by who calls whom.
+#[derive(Debug, Clone, Default)]
+pub struct Judged {
+    family: Family<AuthorizationLabels, Counter>,
+    /// The series of each policy, which the family cannot be asked for.
+    series: Arc<Mutex<HashMap<Arc<str>, HashSet<AuthorizationLabels>>>>,
+}
+
+impl Judged {
+    pub fn count(&self, labels: &AuthorizationLabels) {
+        if let Some(counter) = self.family.get(labels) {
+            counter.inc();
+            return;
+        }
+        let mut series = self.series.lock().unwrap_or_else(PoisonError::into_inner);
+        if &*labels.policy.0 != NO_POLICY {
+            series.entry(labels.policy.0.clone()).or_default().insert(labels.clone());
+        }
+        self.family.get_or_create(labels).inc();
+    }
+
+    /// Drops the series of policies that are not there any more. A connection that was judged by one of them may still be
+    /// about to count it, which the next call mends.
+    pub fn retain(&self, is_there: impl Fn(&str) -> bool) {
+        let mut series = self.series.lock().unwrap_or_else(PoisonError::into_inner);
+        series.retain(|policy, labels| {
+            let stays = is_there(policy);
+            for labels in labels.iter().filter(|_| !stays) {
+                self.family.remove(labels);
+            }
+            stays
+        });
+    }
+}
+
 /// Every metric of the agent.
 #[derive(Debug)]
 pub struct Metrics {
@@ -108,7 +146,7 @@ pub struct Metrics {
     pub sent: Family<ConnectionLabels, Counter>,
     pub received: Family<ConnectionLabels, Counter>,
     pub failed: Family<FailureLabels, Counter>,
-    pub authorization: Family<AuthorizationLabels, Counter>,
+    pub judged: Judged,
     tls_refused: Family<ReasonLabels, Counter>,
     pub enrolled: Gauge,
     pub enrollment_failures: Counter,
@@ -133,9 +171,11 @@ impl Metrics {
         let sent = register!("tcp_sent_bytes", "Bytes from the source to the destination");
         let received = register!("tcp_received_bytes", "Bytes from the destination to the source");
         let failed = register!("tcp_connections_failed", "Connections refused or not established, by reason");
-        let authorization = register!(
+        let judged = Judged::default();
+        registry.register(
             "authorization",
-            "Callers judged by policies: when they connect, and when policies cut them off"
+            "Callers judged by policies: when they connect, and when policies cut them off",
+            judged.family.clone(),
         );
         let tls_refused = register!("tls_refused", "TLS peers refused, by reason");
         let enrolled = register!("enrolled_pods", "Pods of this node that are enrolled");
@@ -158,7 +198,7 @@ impl Metrics {
             sent,
             received,
             failed,
-            authorization,
+            judged,
             tls_refused,
             enrolled,
             enrollment_failures,
@@ -228,5 +268,59 @@ impl Collector for Sampled {
             None,
             dropped.metric_type(),
         )?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_policys_series_go_with_it() {
+        let judged = Judged::default();
+        let count = |policy: &str, verdict| {
+            let [source_namespace, source_principal, destination_workload, destination_namespace] =
+                std::array::from_fn(|_| Text::unknown());
+            let policy = Text(policy.into());
+            judged.count(&AuthorizationLabels {
+                verdict,
+                policy,
+                source_namespace,
+                source_principal,
+                destination_workload,
+                destination_namespace,
+            });
+        };
+        let mut registry = Registry::default();
+        registry.register("judged", "", judged.family.clone());
+        let shown = || {
+            let mut text = String::new();
+            encode(&mut text, &registry).expect("text");
+            let series = text.lines().filter(|line| line.starts_with("judged_total"));
+            let mut shown: Vec<String> = series
+                .map(|line| {
+                    let (_, policy) = line.split_once("policy=\"").expect("the label");
+                    let (policy, rest) = policy.split_once('"').expect("its end");
+                    format!("{policy} {}", rest.split(' ').next_back().expect("the count"))
+                })
+                .collect();
+            shown.sort();
+            shown
+        };
+        for policy in ["shop/gone", "shop/stays", NO_POLICY] {
+            count(policy, Verdict::allowed);
+            count(policy, Verdict::allowed);
+        }
+        count("shop/gone", Verdict::denied);
+        assert_eq!(shown(), ["none 2", "shop/gone 1", "shop/gone 2", "shop/stays 2"]);
+        let is_there = |policy: &str| policy == "shop/stays";
+        judged.retain(is_there);
+        assert_eq!(shown(), ["none 2", "shop/stays 2"]);
+        // One that was judged before.
+        count("shop/gone", Verdict::denied);
+        judged.retain(is_there);
+        assert_eq!(shown(), ["none 2", "shop/stays 2"]);
+        count("shop/stays", Verdict::allowed);
+        assert_eq!(shown(), ["none 2", "shop/stays 3"]);
     }
 }

@@ -103,6 +103,9 @@ pub async fn run(
                     info!(resources = applier.current.mesh.len(), "in sync with the controller");
                 }
                 publish.send_replace(Arc::new(applier.current.clone()));
+                if update.type_url == type_url::AUTHORIZATION {
+                    metrics.judged.retain(|policy| applier.guards.has(policy));
+                }
                 update.ack();
             }
             Err(error) => {

@@ -1,4 +1,5 @@
-//! The condition `Accepted` of AuthorizationPolicies: whether a policy was understood and what it is about is there.
+//! The condition `Accepted` of AuthorizationPolicies: whether a policy is in force as it is written. Translation says that
+//! (`translate::policies`); here it is written down.
 //!
 //! It follows from what is in the cluster alone, so every replica comes to the same; the one that leads writes it. There
 //! are few policies and they change seldom: one write at a time.
@@ -19,14 +20,17 @@ use tokio::{
     sync::{mpsc, watch},
     time::{Instant, sleep_until, timeout},
 };
-use weft_api::{AuthorizationPolicy, Kind, Object, ObjectKey, authorization_policy::Target, pod::Condition};
+use weft_api::{AuthorizationPolicy, Kind, Object, ObjectKey, pod::Condition};
+use weft_core::TrustDomain;
 
 use super::{REQUEST_TIMEOUT, code, words};
-use crate::{source::Delta, store::Name};
+use crate::{
+    source::Delta,
+    store::Name,
+    translate::policies::{Reason, problem, targets},
+};
 
 const ACCEPTED: &str = "Accepted";
-const INVALID: &str = "Invalid";
-const TARGET_NOT_FOUND: &str = "TargetNotFound";
 /// After a write that failed.
 const RETRY: Duration = Duration::from_secs(5);
 
@@ -40,13 +44,17 @@ pub fn part(delta: &Delta) -> Delta {
 }
 
 /// The objects from which conditions follow.
-#[derive(Default)]
 struct Known {
+    trust_domain: TrustDomain,
     policies: BTreeMap<Name, Arc<AuthorizationPolicy>>,
     services: BTreeSet<Name>,
 }
 
 impl Known {
+    fn new(trust_domain: TrustDomain) -> Self {
+        Self { trust_domain, policies: BTreeMap::new(), services: BTreeSet::new() }
+    }
+
     /// Takes in what changed. Returns the policies that it concerns.
     fn apply(&mut self, Delta { upserts, deletes }: Delta) -> BTreeSet<Name> {
         let mut concerned = BTreeSet::new();
@@ -81,11 +89,7 @@ impl Known {
     fn targeting(&self, (namespace, service): &Name) -> Vec<Name> {
         let from = (namespace.clone(), String::new());
         let policies = self.policies.range(from..).take_while(|(name, _)| name.0 == *namespace);
-        let targets = |policy: &AuthorizationPolicy| match policy.target() {
-            Target::Services(services) => services.contains(service),
-            Target::Namespace | Target::Labels(_) => false,
-        };
-        policies.filter(|(_, policy)| targets(policy)).map(|(name, _)| name.clone()).collect()
+        policies.filter(|(_, policy)| targets(policy, service)).map(|(name, _)| name.clone()).collect()
     }
 
     /// The condition to write; None where it says already what it should.
@@ -115,35 +119,29 @@ impl Known {
         })
     }
 
-    fn verdict(&self, (namespace, _): &Name, policy: &AuthorizationPolicy) -> (bool, &'static str, String) {
-        let spec = match &policy.spec {
-            Ok(spec) => spec,
-            Err(unintelligible) => {
-                let message = format!(
-                    "{}; until it is mended it denies everything that it is about",
-                    unintelligible.why
-                );
-                return (false, INVALID, message);
-            }
-        };
-        if let Target::Services(services) = &spec.target {
-            let is_missing = |name: &&String| !self.services.contains(&(namespace.clone(), (*name).clone()));
-            let missing: Vec<&str> = services.iter().filter(is_missing).map(String::as_str).collect();
-            if !missing.is_empty() {
-                let message = format!(
-                    "there is no Service {} in namespace {namespace}; until there is it denies everything in its namespace",
-                    missing.join(", ")
-                );
-                return (false, TARGET_NOT_FOUND, message);
+    fn verdict(&self, name: &Name, policy: &AuthorizationPolicy) -> (bool, &'static str, String) {
+        match problem(&self.trust_domain, name, policy, |service| self.services.contains(service)) {
+            None => (true, ACCEPTED, String::new()),
+            Some(problem) => {
+                let reason = match problem.reason {
+                    Reason::Invalid => "Invalid",
+                    Reason::TargetNotFound => "TargetNotFound",
+                    Reason::TooLarge => "TooLarge",
+                };
+                (false, reason, problem.why)
             }
         }
-        (true, ACCEPTED, String::new())
     }
 }
 
 /// Writes conditions whenever this replica leads, until nothing more comes.
-pub async fn run(client: Client, mut deltas: mpsc::Receiver<Delta>, mut leads: watch::Receiver<bool>) {
-    let mut known = Known::default();
+pub async fn run(
+    client: Client,
+    trust_domain: TrustDomain,
+    mut deltas: mpsc::Receiver<Delta>,
+    mut leads: watch::Receiver<bool>,
+) {
+    let mut known = Known::new(trust_domain);
     let mut queue: BTreeSet<Name> = BTreeSet::new();
     let mut leading = false;
     let mut complaint = String::new();
@@ -212,11 +210,13 @@ async fn attempt(
 
 #[cfg(test)]
 mod tests {
+    use weft_proto::security::Action;
+
     use super::*;
-    use crate::translate::tests::objects;
+    use crate::translate::tests::{objects, translated};
 
     fn known(text: &str) -> Known {
-        let mut known = Known::default();
+        let mut known = Known::new(TrustDomain::new("cluster.local").unwrap());
         known.apply(Delta { upserts: objects(text), deletes: Vec::new() });
         known
     }
@@ -235,6 +235,11 @@ mod tests {
     fn says_whether_a_policy_was_understood() {
         let service = "---\napiVersion: v1\nkind: Service\nmetadata: {name: web, namespace: shop}\n";
         let targets = "spec: {targetRefs: [{kind: Service, name: web}]}\n";
+        let listing = |accounts: usize| {
+            let accounts: Vec<String> =
+                (100..100 + accounts).map(|number| format!("somebody-{number}")).collect();
+            format!("spec: {{rules: [{{from: [{{serviceAccounts: [{}]}}]}}]}}\n", accounts.join(", "))
+        };
         for (rest, status, reason, words) in [
             ("spec: {}\n".to_owned(), "True", "Accepted", ""),
             ("spec: {rules: [{from: []}]}\n".to_owned(), "False", "Invalid", "spec.rules[0].from"),
@@ -242,10 +247,21 @@ mod tests {
             (String::new(), "False", "Invalid", "missing"),
             (targets.to_owned(), "False", "TargetNotFound", "no Service web"),
             (format!("{targets}{service}"), "True", "Accepted", ""),
+            // Nobody knows whom it is about, whatever else is wrong with it.
+            (targets.replace("spec: {", "spec: {moods: [], "), "False", "TargetNotFound", "no Service web"),
+            (listing(700), "True", "Accepted", ""),
+            (listing(900), "False", "TooLarge", "32768 bytes"),
         ] {
             let (is, why, message) = due(&rest).unwrap();
             assert_eq!((is.as_str(), why.as_str()), (status, reason), "{rest}: {message}");
             assert!(message.contains(words), "{rest}: {message}");
+
+            let translation = translated(&format!("{POLICY}{rest}"));
+            let problem = translation.problems.get("AuthorizationPolicy shop/p");
+            assert_eq!(problem.map(String::as_str).unwrap_or_default(), message, "{rest}");
+            let mut own = translation.policies.values().filter(|policy| policy.namespace == "shop");
+            let denies = own.next().is_some_and(|policy| policy.action() == Action::Deny);
+            assert_eq!(denies, status == "False", "{rest}");
         }
     }
 

@@ -279,7 +279,8 @@ pub async fn run(
     metrics: Metrics,
 ) {
     let (policies, queue) = mpsc::channel(QUEUE);
-    tokio::spawn(policy_status::run(client.clone(), queue, leads.clone()));
+    let trust_domain = settings.trust_domain.clone();
+    tokio::spawn(policy_status::run(client.clone(), trust_domain, queue, leads.clone()));
     let known =
         Known { settings, namespaces: BTreeMap::new(), pods: BTreeMap::new(), records: BTreeMap::new() };
     let mut writer = Writer {

@@ -81,8 +81,9 @@ pub fn read(kind: Kind, value: &serde_json::Value) -> Result<Object, FieldError>
 fn parse_yaml(text: &str, manifest: &mut Manifest) -> Result<(), ManifestError> {
     let documents =
         serde_yaml_ng::Deserializer::from_str(text).zip(serde_yaml_ng::Deserializer::from_str(text));
+    let mut starts = document_lines(text);
     for (i, (probe, document)) in documents.enumerate() {
-        let start = document_line(text, i);
+        let start = starts.next().unwrap_or(1);
         let locate = |error: serde_path_to_error::Error<serde_yaml_ng::Error>| {
             let line = error.inner().location().map_or(start, |location| location.line());
             let path = error.path().to_string();
@@ -167,24 +168,23 @@ fn keep(
     Ok(())
 }
 
-/// Line on which YAML document `index` (from 0) starts, for errors that concern it as a whole.
-fn document_line(text: &str, index: usize) -> usize {
-    let mut documents = 0;
+/// The lines on which YAML documents start, for errors that concern one as a whole.
+fn document_lines(text: &str) -> impl Iterator<Item = usize> {
+    let (mut documents, mut told) = (0, 0);
     let mut has_content = false;
-    for (i, line) in text.lines().enumerate() {
+    text.lines().enumerate().filter_map(move |(i, line)| {
         if line == "---" || line.starts_with("--- ") {
             documents += usize::from(has_content);
             has_content = true;
         } else if !line.trim().is_empty() && !line.trim_start().starts_with(['#', '%']) {
             has_content = true;
         } else {
-            continue;
+            return None;
         }
-        if documents == index {
-            return i + 1;
-        }
-    }
-    1
+        let starts = documents == told;
+        told += usize::from(starts);
+        starts.then_some(i + 1)
+    })
 }
 
 /// The first reading: what a document, or each item of a list, is.

@@ -7,7 +7,7 @@
 
 pub mod incremental;
 mod networks;
-mod policies;
+pub mod policies;
 mod services;
 mod workloads;
 

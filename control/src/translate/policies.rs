@@ -7,25 +7,25 @@
 //! action and with what it is about: in between, those who name it find nothing, which is unknown and no verdict. Rules
 //! that change alone take the place of the old ones in one step.
 
-use std::{collections::BTreeMap, net::IpAddr};
+mod rules;
 
-use ipnet::IpNet;
+use std::collections::BTreeMap;
+
 use prost::Message;
 use weft_api::{
     AuthorizationPolicy, DefaultInbound, Pod,
-    authorization_policy::{
-        Action, Cidr, Operation, PolicySpec, Principal, Rule, ServiceAccount, Source, Target,
-    },
+    authorization_policy::{Action, PolicySpec, Principal, Source, Target},
     inbound_choice,
 };
 use weft_core::TrustDomain;
 use weft_proto::{
     authorization::TAG,
-    security::{self as wire, Authorization, Scope, StringMatch, string_match::MatchType},
+    security::{self as wire, Authorization, Scope, StringMatch},
 };
 use weft_xds::Version;
 
-use super::{MeshSettings, octets, services::Membership};
+use self::rules::{clause, pattern, wire_rules};
+use super::{MeshSettings, services::Membership};
 use crate::store::{Name, Store};
 
 /// Where built-in policies are. No namespace can have that name, since it has a dot.
@@ -95,7 +95,7 @@ pub(super) fn in_force(
 }
 
 /// Whether a policy targets that Service, so that with the Service changes what it is about.
-pub(super) fn targets(policy: &AuthorizationPolicy, service: &str) -> bool {
+pub fn targets(policy: &AuthorizationPolicy, service: &str) -> bool {
     matches!(policy.target(), Target::Services(services) if services.contains(service))
 }
 
@@ -164,29 +164,80 @@ pub(super) fn built_in(trust_domain: &TrustDomain) -> BTreeMap<String, Authoriza
 /// The policy of that name.
 pub(super) fn policy(store: &Store, settings: &MeshSettings, name: &Name) -> Option<Policy> {
     let policy = store.policies.get(name)?;
-    let enforceable = match (missing_services(store, name, policy.target()), &policy.spec) {
-        (Some(why), _) => {
-            Err((Target::Namespace, format!("{why}; until then it denies everything in its namespace")))
-        }
-        (None, Err(unintelligible)) => {
-            Err((unintelligible.target.clone(), format!("{}; it denies everything", unintelligible.why)))
-        }
-        (None, Ok(spec)) => content(settings, name, spec)
-            .map(|content| (spec, content))
-            .map_err(|why| (spec.target.clone(), why)),
-    };
-    Some(match enforceable {
+    let has_service = |service: &Name| store.services.contains_key(service);
+    Some(match enforceable(&settings.trust_domain, name, policy, has_service) {
         Ok((spec, (action, dry_run, rules))) => Policy {
             target: spec.target.clone(),
             allows: spec.action == Action::Allow,
             denies_identities: spec.action == Action::Deny && names_identities(spec),
             ..made(name, &spec.target, action, dry_run, rules)
         },
-        Err((target, why)) => {
+        Err(Problem { why, target, .. }) => {
             let nobody = made(name, &target, wire::Action::Deny, false, vec![wire::Rule::default()]);
             Policy { problem: Some(why), target, ..nobody }
         }
     })
+}
+
+/// Why a policy is not in force as it is written; whatever calls its target is denied instead.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    pub reason: Reason,
+    /// For a person.
+    pub why: String,
+    target: Target,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reason {
+    Invalid,
+    TargetNotFound,
+    TooLarge,
+}
+
+/// What is said of a policy is this, and what is enforced follows from it.
+pub fn problem(
+    trust_domain: &TrustDomain,
+    name: &Name,
+    policy: &AuthorizationPolicy,
+    has_service: impl Fn(&Name) -> bool,
+) -> Option<Problem> {
+    enforceable(trust_domain, name, policy, has_service).err()
+}
+
+fn enforceable<'a>(
+    trust_domain: &TrustDomain,
+    name: &Name,
+    policy: &'a AuthorizationPolicy,
+    has_service: impl Fn(&Name) -> bool,
+) -> Result<(&'a PolicySpec, Content), Problem> {
+    let (namespace, _) = name;
+    let missing = missing_services(namespace, policy.target(), has_service);
+    if !missing.is_empty() {
+        let why = format!(
+            "there is no Service {} in namespace {namespace}; until there is it denies everything in its namespace",
+            missing.join(", ")
+        );
+        return Err(Problem { reason: Reason::TargetNotFound, why, target: Target::Namespace });
+    }
+    let mended = |reason, why: &str| {
+        let why = format!("{why}; until it is mended it denies everything that it is about");
+        Problem { reason, why, target: policy.target().clone() }
+    };
+    let spec = policy.spec.as_ref().map_err(|unintelligible| mended(Reason::Invalid, &unintelligible.why))?;
+    let content = content(trust_domain, namespace, spec).map_err(|why| mended(Reason::TooLarge, &why))?;
+    Ok((spec, content))
+}
+
+/// The Services that it targets and that are not there.
+fn missing_services<'a>(
+    namespace: &str,
+    target: &'a Target,
+    has_service: impl Fn(&Name) -> bool,
+) -> Vec<&'a str> {
+    let Target::Services(services) = target else { return Vec::new() };
+    let is_missing = |name: &&String| !has_service(&(namespace.to_owned(), (*name).clone()));
+    services.iter().filter(is_missing).map(String::as_str).collect()
 }
 
 /// What does not depend on the policy's rules, and is part of its name.
@@ -212,7 +263,7 @@ fn made(
 type Content = (wire::Action, bool, Vec<wire::Rule>);
 
 /// Action, whether it is a dry run, and rules.
-fn content(settings: &MeshSettings, (namespace, _): &Name, spec: &PolicySpec) -> Result<Content, String> {
+fn content(trust_domain: &TrustDomain, namespace: &str, spec: &PolicySpec) -> Result<Content, String> {
     let (action, dry_run) = match spec.action {
         Action::Allow => (wire::Action::Allow, false),
         Action::Audit => (wire::Action::Allow, true),
@@ -221,26 +272,15 @@ fn content(settings: &MeshSettings, (namespace, _): &Name, spec: &PolicySpec) ->
     let mut rules = Vec::new();
     let mut bytes = 0;
     for rule in &spec.rules {
-        for rule in wire_rules(&settings.trust_domain, namespace, spec.action, rule) {
+        for rule in wire_rules(trust_domain, namespace, spec.action, rule) {
             bytes += rule.encoded_len();
             if bytes > MAX_BYTES {
-                return Err(format!(
-                    "it is too large, with more than {MAX_BYTES} bytes for agents; it denies everything"
-                ));
+                return Err(format!("it is too large, with more than {MAX_BYTES} bytes for agents"));
             }
             rules.push(rule);
         }
     }
     Ok((action, dry_run, rules))
-}
-
-/// The Services that it targets and that are not there.
-pub fn missing_services(store: &Store, (namespace, _): &Name, target: &Target) -> Option<String> {
-    let Target::Services(services) = target else { return None };
-    let is_missing = |name: &&String| !store.services.contains_key(&(namespace.clone(), (*name).clone()));
-    let missing: Vec<&str> = services.iter().filter(is_missing).map(String::as_str).collect();
-    (!missing.is_empty())
-        .then(|| format!("there is no Service {} in namespace {namespace}", missing.join(", ")))
 }
 
 fn authorization(
@@ -259,103 +299,4 @@ fn authorization(
         rules,
         dry_run,
     }
-}
-
-/// The rule on the wire. What only a waypoint can tell never allows, and is taken for granted where it denies. Sources
-/// that ask several things of a caller are rules of their own, made only as they are asked for.
-fn wire_rules(
-    trust_domain: &TrustDomain,
-    namespace: &str,
-    action: Action,
-    rule: &Rule,
-) -> impl Iterator<Item = wire::Rule> {
-    let denies = action == Action::Deny;
-    let to = rule.to.iter().filter(|operation| denies || !operation.needs_l7()).map(ports);
-    let to: Vec<wire::Match> = to.collect();
-    let never = to.is_empty() && !rule.to.is_empty();
-    // A match that says nothing is none on the wire: with one, this is about every port.
-    let to = (!to.is_empty() && !to.contains(&wire::Match::default())).then(|| clause(to));
-    let sources = rule.from.iter().map(|source| from(trust_domain, namespace, source, denies));
-    let (simple, others): (Vec<_>, Vec<_>) = sources.partition(|matches| matches.len() == 1);
-    let simple = clause(simple.into_iter().flatten().collect());
-    let simple = match (rule.from.is_empty(), simple.matches.is_empty()) {
-        (true, _) => Some(Vec::new()),
-        (false, true) => None,
-        (false, false) => Some(vec![simple]),
-    };
-    let others = others.into_iter().map(|matches| matches.into_iter().map(|m| clause(vec![m])).collect());
-    let all = simple.into_iter().chain(others).filter(move |_| !never);
-    all.map(move |clauses: Vec<_>| wire::Rule { clauses: clauses.into_iter().chain(to.clone()).collect() })
-}
-
-fn ports(operation: &Operation) -> wire::Match {
-    wire::Match {
-        destination_ports: operation.ports.iter().map(|port| port.0.into()).collect(),
-        not_destination_ports: operation.not_ports.iter().map(|port| port.0.into()).collect(),
-        ..Default::default()
-    }
-}
-
-/// What a source asks of a caller, all of which has to hold. Namespaces and service accounts are those of the mesh's own
-/// trust domain.
-fn from(trust_domain: &TrustDomain, own: &str, source: &Source, denies: bool) -> Vec<wire::Match> {
-    let namespace = |name: &str| Principal::Prefix(format!("{trust_domain}/ns/{name}/sa/"));
-    let account = |ServiceAccount { namespace, name }: &ServiceAccount| {
-        let namespace = namespace.as_deref().unwrap_or(own);
-        Principal::Exact(format!("{trust_domain}/ns/{namespace}/sa/{name}"))
-    };
-    let patterns = |principals: &[Principal]| principals.iter().map(pattern).collect::<Vec<_>>();
-    let namespaces = |names: &[weft_api::authorization_policy::Name]| {
-        names.iter().map(|name| pattern(&namespace(&name.0))).collect::<Vec<_>>()
-    };
-    let accounts =
-        |accounts: &[ServiceAccount]| accounts.iter().map(account).map(|a| pattern(&a)).collect::<Vec<_>>();
-    let ranges = |cidrs: &[Cidr]| cidrs.iter().map(|cidr| range(cidr.0)).collect::<Vec<_>>();
-
-    let positive =
-        [patterns(&source.principals), namespaces(&source.namespaces), accounts(&source.service_accounts)];
-    let mut matches: Vec<wire::Match> = positive
-        .into_iter()
-        .filter(|principals| !principals.is_empty())
-        .map(|principals| wire::Match { principals, ..Default::default() })
-        .collect();
-    let not_principals = [
-        patterns(&source.not_principals),
-        namespaces(&source.not_namespaces),
-        accounts(&source.not_service_accounts),
-    ]
-    .concat();
-    let mut rest = wire::Match {
-        not_principals,
-        source_ips: ranges(&source.cidrs),
-        not_source_ips: ranges(&source.not_cidrs),
-        ..Default::default()
-    };
-    // Whoever shows no identity is not known to be another one than those named.
-    if source.excludes_identities() && !denies {
-        rest.principals = vec![pattern(&Principal::Any)];
-    }
-    if rest != wire::Match::default() {
-        matches.push(rest);
-    }
-    matches
-}
-
-fn clause(matches: Vec<wire::Match>) -> wire::Clause {
-    wire::Clause { matches }
-}
-
-fn pattern(principal: &Principal) -> StringMatch {
-    let match_type = match principal {
-        Principal::Exact(text) => MatchType::Exact(text.clone()),
-        Principal::Prefix(text) => MatchType::Prefix(text.clone()),
-        Principal::Suffix(text) => MatchType::Suffix(text.clone()),
-        Principal::Any => MatchType::Presence(()),
-    };
-    StringMatch { match_type: Some(match_type) }
-}
-
-fn range(range: IpNet) -> wire::Address {
-    let ip: IpAddr = range.network();
-    wire::Address { address: octets(ip), length: range.prefix_len().into() }
 }

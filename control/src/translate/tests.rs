@@ -101,7 +101,7 @@ fn store(text: &str) -> Store {
     store
 }
 
-fn translated(text: &str) -> Translation {
+pub(crate) fn translated(text: &str) -> Translation {
     translate(store(text), &Enrolled::default(), &settings()).0
 }
 

@@ -159,3 +159,22 @@ fn what_cannot_be_understood_denies() {
     assert_eq!(agent.admits(), Some(false));
     assert_eq!(read("shop/a@12345678", &[]).name, "shop/a".into(), "people know it without its tag");
 }
+
+#[test]
+fn a_policy_is_there_under_whatever_tag() {
+    let mut agent = Agent::default();
+    for name in ["shop/a@1", "shop/a-b@1", "shop/c", "shop/d0@1"] {
+        agent.policy(name, true);
+    }
+    for name in ["shop/a", "shop/a-b", "shop/c", "shop/d0"] {
+        assert!(agent.guards.has(name), "{name}");
+    }
+    for name in ["shop", "shop/", "shop/b", "shop/d", "shop/a-"] {
+        assert!(!agent.guards.has(name), "{name}");
+    }
+    agent.policy("shop/a@2", true);
+    agent.no_policy("shop/a@1");
+    assert!(agent.guards.has("shop/a"), "as another action");
+    agent.no_policy("shop/a@2");
+    assert!(!agent.guards.has("shop/a"));
+}

@@ -58,6 +58,7 @@ fn policies(cluster: Builder) -> Result<()> {
     api.delete(&nobody)?;
 
     // What names something that is not there denies, until it is mended; so does a word that nobody knows here.
+    let many = vec!["default"; 64];
     for (spec, reason, words) in [
         (json!({"targetRefs": [{"kind": "Service", "name": "nowhere"}]}), "TargetNotFound", "nowhere"),
         (
@@ -66,6 +67,8 @@ fn policies(cluster: Builder) -> Result<()> {
             "princpals",
         ),
         (json!({"selector": {"matchExpressions": []}}), "Invalid", "matchExpressions"),
+        // More than agents are told of one policy.
+        (json!({"rules": [{"from": vec![json!({"serviceAccounts": many}); 16]}]}), "TooLarge", "bytes"),
     ] {
         api.apply(&policy("lost", spec))?;
         accepted("lost", reason, words)?;

@@ -18,12 +18,13 @@ use report::Series;
 /// Measures Weft beside plain TCP over the same wire. Needs root; leaves nothing behind.
 ///
 /// Rounds are interleaved: each work is measured in the clear and through Weft right after another, in pods of the same
-/// two nodes, and the ratio is taken round by round. policies-32 compares Weft without and with policies. With several runs the median of each column counts.
+/// two nodes, and the ratio is taken round by round. policies-32 compares Weft without and with policies, several times in
+/// each run. Where there are several rounds the median of each column counts.
 #[derive(Debug, Parser)]
 #[command(name = "bench")]
 struct Arguments {
     /// Only works whose name contains this: stream-1, stream-4, requests-1, requests-64, connections-32,
-    /// policies-32, memory.
+    /// policies-32-cpu, policies-32, memory.
     #[arg(default_value = "")]
     work: String,
     /// How often each work is measured.
@@ -60,7 +61,7 @@ fn main() -> ExitCode {
 
 fn measure(arguments: &Arguments) -> Result<Vec<Series>> {
     let works: Vec<_> = works::ALL.iter().filter(|work| work.name.contains(&arguments.work)).collect();
-    let with_policies = policies::NAME.contains(&arguments.work);
+    let with_policies = policies::NAMES.iter().any(|name| name.contains(&arguments.work));
     let with_memory = memory::NAMES.iter().any(|name| name.contains(&arguments.work));
     ensure!(
         !works.is_empty() || with_policies || with_memory,

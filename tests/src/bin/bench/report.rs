@@ -7,6 +7,8 @@ use serde_json::{Value, json};
 pub enum Floor {
     /// At least this much of plain TCP.
     Ratio(f64),
+    /// At most this much of what it is compared with; said with the spread of the rounds.
+    RatioAtMost(f64),
     /// At most so many of the unit.
     AtMost(f64),
 }
@@ -71,12 +73,27 @@ impl Series {
 
     /// The median of the rounds' ratios: both sides of one round saw the same machine.
     fn ratio(&self) -> Option<f64> {
-        median(&self.direct.iter().zip(&self.weft).map(|(direct, weft)| weft / direct).collect::<Vec<_>>())
+        median(&self.ratios())
+    }
+
+    fn ratios(&self) -> Vec<f64> {
+        self.direct.iter().zip(&self.weft).map(|(direct, weft)| weft / direct).collect()
+    }
+
+    /// The median of how far the rounds' ratios are from their median.
+    fn spread(&self) -> Option<f64> {
+        let middle = self.ratio()?;
+        median(&self.ratios().iter().map(|ratio| (ratio - middle).abs()).collect::<Vec<_>>())
     }
 
     fn remark(&self) -> String {
         let anonymous = median(&self.anonymous).map(|value| format!("({} anonymous)", number(value)));
-        [self.floor(), anonymous.unwrap_or_default()].join(" ").trim().to_owned()
+        let spread = self.spread().filter(|_| matches!(self.floor, Some(Floor::RatioAtMost(_))));
+        let spread = spread.zip(self.ratio()).map(|(spread, ratio)| {
+            format!("({ratio:.3}; half of {} rounds within {spread:.3} of it)", self.direct.len())
+        });
+        let more = spread.or(anonymous).unwrap_or_default();
+        [self.floor(), more].join(" ").trim().to_owned()
     }
 
     fn floor(&self) -> String {
@@ -84,6 +101,9 @@ impl Series {
             None => return String::new(),
             Some(Floor::Ratio(floor)) => {
                 (format!("{floor:.2}"), self.ratio().is_some_and(|ratio| ratio >= floor))
+            }
+            Some(Floor::RatioAtMost(most)) => {
+                (format!("{most:.2}"), self.ratio().is_some_and(|ratio| ratio <= most))
             }
             Some(Floor::AtMost(most)) => {
                 (format!("{most} {}", self.unit), self.weft().is_some_and(|weft| weft < most))
@@ -184,6 +204,17 @@ mod tests {
         ] {
             assert_eq!(median(&values), expected);
         }
+    }
+
+    #[test]
+    fn a_cost_is_said_with_its_spread() {
+        let mut cost = Series::new("policies-32-cpu", "us CPU", Some(Floor::RatioAtMost(1.05)));
+        for with in [102.0, 104.0, 101.0, 150.0, 103.0] {
+            cost.add(100.0, with);
+        }
+        assert_eq!(cost.remark(), "1.05 met (1.030; half of 5 rounds within 0.010 of it)");
+        cost.floor = Some(Floor::RatioAtMost(1.02));
+        assert!(cost.remark().starts_with("1.02 NOT MET"));
     }
 
     #[test]

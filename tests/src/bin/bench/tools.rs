@@ -12,6 +12,7 @@ const SERVER_START: Duration = Duration::from_secs(10);
 /// What wrk found.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Requests {
+    pub count: u64,
     pub per_second: f64,
     /// Milliseconds within which 99 of 100 requests were answered.
     pub p99: f64,
@@ -85,8 +86,10 @@ fn parse_wrk(text: &str) -> Result<Requests> {
     let per_second: f64 =
         after("Requests/sec:").and_then(|value| value.parse().ok()).context("wrk reports no rate")?;
     ensure!(per_second > 0.0, "wrk had no answer at all");
+    let count = text.lines().find_map(|line| line.trim().split_once(" requests in ")?.0.parse().ok());
+    let count = count.context("wrk does not say how many requests there were")?;
     let p99 = after("99%").and_then(milliseconds).context("wrk reports no p99")?;
-    Ok(Requests { per_second, p99 })
+    Ok(Requests { count, per_second, p99 })
 }
 
 /// `812.00us`, `1.20ms`, `1.02s`.
@@ -114,7 +117,7 @@ mod tests {
 
     #[test]
     fn wrk_is_read() -> Result<()> {
-        assert_eq!(parse_wrk(WRK)?, Requests { per_second: 47264.12, p99: 3.35 });
+        assert_eq!(parse_wrk(WRK)?, Requests { count: 189_532, per_second: 47264.12, p99: 3.35 });
         Ok(())
     }
 
