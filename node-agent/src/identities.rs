@@ -325,3 +325,35 @@ async fn request(
     TlsIdentity::new(id.clone(), certificates, key, roots)
         .map_err(|e| CertificateError::Answer(e.to_string()))
 }
+
+#[cfg(test)]
+mod tests {
+    use rcgen::{BasicConstraints, CertificateParams, IsCa, KeyPair};
+    use sha2::{Digest, Sha256};
+    use weft_proto::node::TrustBundle;
+
+    use super::*;
+
+    #[test]
+    fn roots_are_retired_when_one_of_them_is_gone() {
+        let root = || {
+            let key = KeyPair::generate().expect("a key");
+            let mut params = CertificateParams::default();
+            params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+            params.self_signed(&key).expect("signed").der().to_vec()
+        };
+        let (old, new) = (root(), root());
+        let trust = |serial, roots: &[&Vec<u8>]| {
+            let signer = Sha256::digest(roots[0]).to_vec();
+            let roots = roots.iter().map(|root| (*root).clone()).collect();
+            Arc::new(Trust::try_from(&TrustBundle { serial, roots, signer }).expect("a bundle"))
+        };
+        let bundles =
+            [trust(1, &[&old]), trust(2, &[&old, &new]), trust(3, &[&new, &old]), trust(4, &[&new])];
+        let (mut believed, mut states, publish) = (None, HashMap::new(), watch::Sender::default());
+        for bundle in &bundles {
+            believe(bundle, &mut believed, &mut states, &publish);
+        }
+        assert_eq!(bundles.each_ref().map(|bundle| bundle.roots.are_retired()), [false, false, true, false]);
+    }
+}
