@@ -152,7 +152,7 @@ struct Flags {
     /// tls.crt (the certificate that signs, then those above it), tls.key, and ca.crt (the root, unless it is the last one in
     /// tls.crt). Another one that is put there is taken in as a rotation.
     #[arg(long, env = "WEFT_ISSUER", value_name = "DIR")]
-    issuer: Option<PathBuf>,
+    issuer: Option<String>,
     /// Age at which the root of trust is replaced by a new one: a number and s, m, h or d; 0s for never. [default: 365d]
     #[arg(long, env = "WEFT_ROTATE_ROOT_AFTER", value_name = "DURATION")]
     rotate_root_after: Option<String>,
@@ -305,9 +305,10 @@ impl Flags {
         };
         let after = duration("--rotate-root-after", self.rotate_root_after, ROTATE_AFTER)?;
         let overlap = if in_directory { Duration::ZERO } else { OVERLAP };
-        let issuer = self.issuer.filter(|directory| !directory.as_os_str().is_empty());
-        let issuer =
-            issuer.map(|directory| Given { directory, trust_domain: mesh.trust_domain.as_str().to_owned() });
+        let issuer = self.issuer.filter(|directory| !directory.is_empty()).map(|directory| Given {
+            directory: directory.into(),
+            trust_domain: mesh.trust_domain.as_str().to_owned(),
+        });
         let rotation = Rotation {
             after: (!after.is_zero()).then_some(after),
             overlap: duration("--root-overlap", self.root_overlap, overlap)?,
