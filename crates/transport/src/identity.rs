@@ -5,15 +5,17 @@
 use crate::verify::{CallerVerifier, PeerRefused, ServerVerifier, identity_of};
 use rustls::client::Resumption;
 use rustls::crypto::CryptoProvider;
-use rustls::crypto::aws_lc_rs::{self, cipher_suite, kx_group};
+use rustls::crypto::aws_lc_rs::{self, cipher_suite, kx_group, sign::any_supported_type};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::{NoServerSessionStorage, WebPkiClientVerifier};
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::{ClientConfig, RootCertStore, ServerConfig, version};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, SystemTime};
 use weft_core::SpiffeId;
 use x509_parser::prelude::{FromDer, X509Certificate};
+use zeroize::Zeroizing;
 
 /// Why a certificate, key and roots do not make an identity.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -64,6 +66,9 @@ impl TlsIdentity {
         key: PrivateKeyDer<'static>,
         roots: Vec<CertificateDer<'static>>,
     ) -> Result<Self, TlsError> {
+        // The builders' own way takes the key's bytes, and frees them as they are. Here they are wiped however this ends, and
+        // both configurations share what AWS-LC made of them, which it wipes itself when the last user of it is gone.
+        let key = Zeroizing::new(key);
         let leaf = chain.first().ok_or(TlsError::NoCertificate)?;
         let actual = identity_of(leaf).map_err(TlsError::Identity)?;
         if actual != id {
@@ -80,6 +85,9 @@ impl TlsIdentity {
             store.add(root).map_err(|e| TlsError::Roots(e.to_string()))?;
         }
         let roots = Arc::new(store);
+        let certified = CertifiedKey::new(chain, any_supported_type(&key).map_err(TlsError::Key)?);
+        certified.keys_match().map_err(TlsError::Key)?;
+        let certified = Arc::new(SingleCertAndKey::from(certified));
         let chain_verifier = WebPkiClientVerifier::builder_with_provider(roots.clone(), PROVIDER.clone())
             .build()
             .map_err(|e| TlsError::Roots(e.to_string()))?;
@@ -90,8 +98,7 @@ impl TlsIdentity {
             .map_err(TlsError::Key)?
             .dangerous()
             .with_custom_certificate_verifier(Arc::new(verifier))
-            .with_client_auth_cert(chain.clone(), key.clone_key())
-            .map_err(TlsError::Key)?;
+            .with_client_cert_resolver(certified.clone());
         client.alpn_protocols = vec![b"h2".to_vec()];
         client.enable_sni = false;
         client.resumption = Resumption::disabled();
@@ -101,8 +108,7 @@ impl TlsIdentity {
             .with_protocol_versions(&[&version::TLS13])
             .map_err(TlsError::Key)?
             .with_client_cert_verifier(Arc::new(caller))
-            .with_single_cert(chain, key)
-            .map_err(TlsError::Key)?;
+            .with_cert_resolver(certified);
         server.alpn_protocols = vec![b"h2".to_vec()];
         server.session_storage = Arc::new(NoServerSessionStorage {});
         server.send_tls13_tickets = 0;
