@@ -62,6 +62,13 @@ pub struct ConnectionLabels {
     pub security: Security,
 }
 
+/// Pods of this node.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct WorkloadLabels {
+    pub workload: Text,
+    pub namespace: Text,
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct FailureLabels {
     pub reporter: Reporter,
@@ -111,6 +118,7 @@ pub struct Metrics {
     pub authorization: Family<AuthorizationLabels, Counter>,
     tls_refused: Family<ReasonLabels, Counter>,
     pub enrolled: Gauge,
+    pub existing: Family<WorkloadLabels, Gauge>,
     pub enrollment_failures: Counter,
     pub xds_connected: Gauge,
     pub xds_rejected: Counter,
@@ -139,6 +147,10 @@ impl Metrics {
         );
         let tls_refused = register!("tls_refused", "TLS peers refused, by reason");
         let enrolled = register!("enrolled_pods", "Pods of this node that are enrolled");
+        let existing = register!(
+            "connections_before_enrollment",
+            "Open connections with others in the mesh that are older than the enrolment of their pod, and in the clear"
+        );
         let enrollment_failures = register!("enrollment_failures", "Attempts to enrol a pod that failed");
         let xds_connected = register!("xds_connected", "1 while connected to the controller");
         let xds_rejected = register!("xds_rejected", "Updates from the controller that could not be applied");
@@ -161,6 +173,7 @@ impl Metrics {
             authorization,
             tls_refused,
             enrolled,
+            existing,
             enrollment_failures,
             xds_connected,
             xds_rejected,
