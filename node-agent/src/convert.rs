@@ -48,6 +48,8 @@ pub struct LocalPod {
     pub enroll: bool,
     /// Where its network namespace is.
     pub netns: NetnsHint,
+    /// Whether connections that are older than its enrolment are to be cut.
+    pub cut_existing: bool,
 }
 
 /// What the controller knows of where a pod's network namespace is.
@@ -203,7 +205,7 @@ pub fn local_pod(name: &str, value: &[u8]) -> Result<LocalPod, ConvertError> {
     } else {
         NetnsHint::Unknown
     };
-    Ok(LocalPod { enroll: local.enroll, netns })
+    Ok(LocalPod { enroll: local.enroll, netns, cut_existing: local.cut_existing_connections })
 }
 
 /// Reads the `weft.node.v1.MeshConfig`.

@@ -24,6 +24,7 @@ use crate::{
     cni::Asked,
     controller::Controller,
     convert::{LocalPod, NetnsHint},
+    existing::Existing,
     metrics::Metrics,
     place::{candidates, locate_all, owner_of},
     pod::{Phase, PodHandle},
@@ -76,6 +77,7 @@ struct Pods {
     leaving: BTreeMap<Arc<str>, Instant>,
     failures: BTreeMap<Arc<str>, Failure>,
     prepared: Prepared,
+    existing: Existing,
     /// When namespaces were last compared with what is enrolled.
     checked: Option<Instant>,
     stale_removed: bool,
@@ -120,6 +122,7 @@ impl Enroller {
         self.release_unwanted(snapshot, pods, idle).await;
         self.enroll_wanted(snapshot, pods).await;
         self.follow_publication(snapshot, pods);
+        pods.existing.follow(self, &pods.enrolled, snapshot).await;
         // Not while a wanted pod is missing: what is pinned for it keeps it from talking in the clear.
         if !pods.stale_removed && pods.failures.is_empty() {
             match self.remove_stale(snapshot, pods).await {
@@ -367,13 +370,13 @@ impl Enroller {
             phase: Some(format!("{:?}", pod.phase()).to_ascii_lowercase()),
             open_connections: pod.open_connections(),
             failure: None,
+            connections_before_enrollment: pods.existing.of(&pod.uid).0,
+            connections_problem: pods.existing.of(&pod.uid).1,
         });
         let failed = pods.failures.iter().map(|(uid, f)| PodStatus {
             uid: uid.to_string(),
-            identity: None,
-            phase: None,
-            open_connections: 0,
             failure: Some(f.message.clone()),
+            ..PodStatus::default()
         });
         self.status.send_replace(Enrollment { pods: enrolled.chain(failed).collect(), settled: true });
     }

@@ -19,6 +19,7 @@ use tracing::{debug, error, info, warn};
 use weft_core::SpiffeId;
 use weft_proto::ca::IstioCertificateRequest;
 use weft_transport::{Roots, TlsIdentity};
+use zeroize::Zeroizing;
 
 use crate::{
     controller::Controller,
@@ -289,17 +290,18 @@ fn jitter(duration: Duration) -> Duration {
     duration.mul_f64(rand::rng().random_range(0.9..1.1))
 }
 
-/// One key, one request, one certificate. The key stays in this process's memory.
+/// One key, one request, one certificate. The key stays in this process's memory, and every copy is wiped before its memory is
+/// given back: rcgen's here, the one in DER in [`TlsIdentity::new`], AWS-LC's own by itself.
 async fn request(
     controller: &Controller,
     id: &SpiffeId,
     roots: &Arc<Roots>,
 ) -> Result<TlsIdentity, CertificateError> {
-    let key = rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)?;
+    let key = Zeroizing::new(rcgen::KeyPair::generate_for(&rcgen::PKCS_ECDSA_P256_SHA256)?);
     let mut params = rcgen::CertificateParams::default();
     params.distinguished_name = rcgen::DistinguishedName::new();
     params.subject_alt_names = vec![rcgen::SanType::URI(id.to_string().try_into()?)];
-    let csr = params.serialize_request(&key)?.pem()?;
+    let csr = params.serialize_request(&*key)?.pem()?;
     let impersonated = Value { kind: Some(Kind::StringValue(id.to_string())) };
     let request = IstioCertificateRequest {
         csr,

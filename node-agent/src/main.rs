@@ -12,6 +12,7 @@ mod connection;
 mod controller;
 mod convert;
 mod enroll;
+mod existing;
 mod http;
 mod identities;
 mod inbound;

@@ -63,6 +63,13 @@ pub struct ConnectionLabels {
     pub security: Security,
 }
 
+/// Pods of this node.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
+pub struct WorkloadLabels {
+    pub workload: Text,
+    pub namespace: Text,
+}
+
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 pub struct FailureLabels {
     pub reporter: Reporter,
@@ -149,6 +156,7 @@ pub struct Metrics {
     pub judged: Judged,
     tls_refused: Family<ReasonLabels, Counter>,
     pub enrolled: Gauge,
+    pub existing: Family<WorkloadLabels, Gauge>,
     pub enrollment_failures: Counter,
     pub xds_connected: Gauge,
     pub xds_rejected: Counter,
@@ -179,6 +187,10 @@ impl Metrics {
         );
         let tls_refused = register!("tls_refused", "TLS peers refused, by reason");
         let enrolled = register!("enrolled_pods", "Pods of this node that are enrolled");
+        let existing = register!(
+            "connections_before_enrollment",
+            "Open connections with others in the mesh that are older than the enrolment of their pod, and in the clear"
+        );
         let enrollment_failures = register!("enrollment_failures", "Attempts to enrol a pod that failed");
         let xds_connected = register!("xds_connected", "1 while connected to the controller");
         let xds_rejected = register!("xds_rejected", "Updates from the controller that could not be applied");
@@ -201,6 +213,7 @@ impl Metrics {
             judged,
             tls_refused,
             enrolled,
+            existing,
             enrollment_failures,
             xds_connected,
             xds_rejected,

@@ -5,6 +5,7 @@ mod addresses;
 mod agents;
 mod authorization;
 mod control;
+mod existing;
 mod identity;
 mod nodes;
 mod permissions;
@@ -118,7 +119,15 @@ async fn look(arguments: &Arguments) -> Result<Report> {
         category("weft-control", control::checks(&view, &installed)),
         category("weft-identity", identity::checks(&view, &installed)),
         category("weft-agents", agents::checks(&view, &installed)),
-        category("weft-pods", [pods::checks(&view, &installed), addresses::checks(&view, &ranges)].concat()),
+        category(
+            "weft-pods",
+            [
+                pods::checks(&view, &installed),
+                existing::checks(&installed),
+                addresses::checks(&view, &ranges),
+            ]
+            .concat(),
+        ),
         category("authorization", authorization::checks(&view, &installed)),
         category("network-policies", policies::checks(&view, &installed)),
     ]))

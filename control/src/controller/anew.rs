@@ -71,10 +71,11 @@ fn object(kind: Kind, random: &mut Random) -> Value {
 }
 
 fn inbound(random: &mut Random) -> Value {
-    match random.below(4) {
+    match random.below(5) {
         0 => {
             json!({"policy.weft.dev/default-inbound": random.pick(&["deny", "audit", "all-authenticated", "?"])})
         }
+        1 => json!({"weft.dev/cut-existing-connections": random.pick(&["true", "false", "?"])}),
         _ => json!({}),
     }
 }

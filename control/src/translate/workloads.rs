@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, net::IpAddr};
 
 use bytes::Bytes;
 use weft_api::{
-    MeshChoice, Pod,
+    MeshChoice, Pod, cut_choice,
     labels::{APPLICATION, NETNS, POD_TEMPLATE_HASH, VERSION},
     mesh_choice,
 };
@@ -58,11 +58,14 @@ pub(super) fn pod(
     };
     let workload = workload(settings, name, pod, &addresses, locality, membership, tunnel);
     let workload = workload.map(|w| Workload { authorization_policies: in_force.names, ..w });
+    let cut = cut_choice(store.namespaces.get(&name.0).map(|namespace| &**namespace), pod);
     let local = local(settings, name, pod, &addresses, choice.wanted);
+    let local = local.map(|local| LocalWorkload { cut_existing_connections: cut.wanted, ..local });
     let problem = workload.as_ref().and_then(|_| address_problem(settings, &choice, &addresses));
     let problem = problem
         .or(in_force.problem)
-        .or_else(|| local.as_ref().and_then(|local| netns_problem(settings, local)));
+        .or_else(|| local.as_ref().and_then(|local| netns_problem(settings, local)))
+        .or(cut.problem.filter(|_| choice.wanted));
     TranslatedPod { workload, local, problem }
 }
 
@@ -117,7 +120,8 @@ fn local(
     }
     let netns_path = pod.netns_path().filter(|_| settings.netns_annotations).unwrap_or_default().to_owned();
     let pod_uid = pod.metadata.uid.clone().unwrap_or_default();
-    Some(LocalWorkload { uid: settings.pod_uid(namespace, name), enroll, netns_path, pod_uid })
+    let uid = settings.pod_uid(namespace, name);
+    Some(LocalWorkload { uid, enroll, netns_path, pod_uid, ..LocalWorkload::default() })
 }
 
 fn address_problem(settings: &MeshSettings, choice: &MeshChoice, addresses: &[IpAddr]) -> Option<String> {

@@ -78,4 +78,8 @@ pub struct PodStatus {
     pub open_connections: usize,
     /// Why it cannot be enrolled.
     pub failure: Option<String>,
+    /// Connections with others in the mesh that are older than its enrolment, and so in the clear.
+    pub connections_before_enrollment: usize,
+    /// Why those could not be counted, or not be cut where that was asked for.
+    pub connections_problem: Option<String>,
 }

@@ -8,6 +8,10 @@ pub const DISABLED: &str = "disabled";
 /// Annotation on a Namespace or Pod, a [`crate::DefaultInbound`]: who may call where no policy speaks.
 pub const DEFAULT_INBOUND: &str = "policy.weft.dev/default-inbound";
 
+/// Annotation on a Namespace or Pod, `true` or `false`: whether connections that are older than a pod's enrolment are cut
+/// once both their ends are in the mesh. The Pod's wins.
+pub const CUT_EXISTING: &str = "weft.dev/cut-existing-connections";
+
 /// Annotation on a Pod: the path of its network namespace. It counts only where a directory is read; whoever may write
 /// Pods in a cluster could name another pod's namespace.
 pub const NETNS: &str = "weft.dev/netns";

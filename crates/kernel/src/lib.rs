@@ -11,6 +11,7 @@
 #![cfg_attr(test, allow(clippy::unwrap_used))]
 
 mod debug_log;
+mod diag;
 mod error;
 mod kernel;
 pub mod kubelet;
@@ -30,6 +31,7 @@ mod sys;
 mod sysctl;
 mod target;
 
+pub use diag::Connection;
 pub use error::Error;
 pub use kernel::{Counters, Kernel, PodRecord};
 pub use kubelet::Kubelet;

@@ -1,6 +1,6 @@
 //! One enrolled pod: what the agent holds of it, and the steps by which it leaves the mesh.
 
-use crate::{Error, Netns, kernel::Shared, routes, sockets};
+use crate::{Connection, Error, Netns, diag, kernel::Shared, routes, sockets};
 use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream},
@@ -113,6 +113,17 @@ impl Pod {
     /// The last step, when no connection is left: those that were captured would break.
     pub fn remove_routes(&self) -> Result<(), Error> {
         routes::remove(&self.netns)
+    }
+
+    /// The pod's open connections with others in which no agent has a part: those that are older than its enrolment, and
+    /// what is let go. Takes some milliseconds.
+    pub fn direct_connections(&self) -> Result<Vec<Connection>, Error> {
+        diag::direct(&self.netns, self.addresses)
+    }
+
+    /// Ends one of them, at both ends. One that has ended is no error.
+    pub fn destroy(&self, connection: &Connection) -> Result<(), Error> {
+        diag::destroy(&self.netns, connection)
     }
 
     /// A connection from the pod to the network, started but not established: wait until it is writable, then ask

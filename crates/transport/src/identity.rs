@@ -6,7 +6,7 @@ use crate::Roots;
 use crate::verify::{CallerVerifier, PeerRefused, ServerVerifier, identity_of};
 use rustls::client::Resumption;
 use rustls::crypto::CryptoProvider;
-use rustls::crypto::aws_lc_rs::{self, cipher_suite, kx_group};
+use rustls::crypto::aws_lc_rs::{self, cipher_suite, kx_group, sign::any_supported_type};
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::NoServerSessionStorage;
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
@@ -16,6 +16,7 @@ use std::sync::{Arc, LazyLock};
 use std::time::{Duration, SystemTime};
 use weft_core::SpiffeId;
 use x509_parser::prelude::{FromDer, X509Certificate};
+use zeroize::Zeroizing;
 
 /// Why a certificate, key and roots do not make an identity.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -68,6 +69,9 @@ impl TlsIdentity {
         key: PrivateKeyDer<'static>,
         roots: &Arc<Roots>,
     ) -> Result<Self, TlsError> {
+        // The builders' own way takes the key's bytes, and frees them as they are. Here they are wiped however this ends, and
+        // both configurations share what AWS-LC made of them, which it wipes itself when the last user of it is gone.
+        let key = Zeroizing::new(key);
         let leaf = chain.first().ok_or(TlsError::NoCertificate)?;
         let actual = identity_of(leaf).map_err(TlsError::Identity)?;
         if actual != id {
@@ -78,7 +82,8 @@ impl TlsIdentity {
             SystemTime::UNIX_EPOCH + Duration::from_secs(u64::try_from(t.timestamp()).unwrap_or_default())
         };
         let validity = (time(parsed.validity().not_before), time(parsed.validity().not_after));
-        let certified = CertifiedKey::from_der(chain, key, &PROVIDER).map_err(TlsError::Key)?;
+        let certified = CertifiedKey::new(chain, any_supported_type(&key).map_err(TlsError::Key)?);
+        certified.keys_match().map_err(TlsError::Key)?;
         Self::build(id, validity, Arc::new(certified), roots)
     }
 

@@ -136,8 +136,8 @@ fn label(cluster: Builder) -> Result<()> {
     only_the_kubelet(&kube, &names, &page)
 }
 
-/// With everybody denied, the kubelets' probes of every kind go on, a second apart, and nothing is restarted; root on the
-/// node with the same address is refused, and so is everybody else but by an Allow.
+/// With everybody denied, the kubelets' probes of every kind (HTTP for readiness, gRPC for liveness, TCP for start) go on,
+/// and nothing is restarted; root on the node with the same address is refused, and so is everybody else but by an Allow.
 fn only_the_kubelet(kube: &KubeCluster, pods: &[&str], page: &str) -> Result<()> {
     let deny = "policy.weft.dev/default-inbound=deny";
     kube.kubectl(["annotate", "namespace", "shop", deny])?;

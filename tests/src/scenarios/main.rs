@@ -9,6 +9,7 @@ mod chart;
 mod check;
 mod cni;
 mod escape;
+mod existing;
 mod failure;
 mod frontends;
 mod identity;
@@ -72,6 +73,7 @@ fn all() -> Vec<Scenario> {
         policies_held::SCENARIOS,
         policies_table::SCENARIOS,
         outside::SCENARIOS,
+        existing::SCENARIOS,
         frontends::SCENARIOS,
         socket_lb::SCENARIOS,
         probes::SCENARIOS,

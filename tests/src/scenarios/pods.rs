@@ -7,13 +7,15 @@ pub fn shop(page: &str) -> String {
     [namespace, &server("web", "west", page), &client("client", "east")].join("\n---\n")
 }
 
-/// nginx in the namespace `shop`, with a Service: port 80, and port 8080 of the pod.
+/// nginx in the namespace `shop`, with a Service: port 80, and port 8080 of the pod. At port 9090 it answers
+/// grpc.health.v1.Health/Check, whatever is asked for, with a file: a gRPC message of 2 bytes, `status` (1) SERVING (1).
 pub fn server(name: &str, node: &str, page: &str) -> String {
     format!(
         r#"
 apiVersion: v1
 kind: ConfigMap
 metadata: {{name: {name}, namespace: shop}}
+binaryData: {{serving: AAAAAAIIAQ==}}
 data:
   index.html: |
     {page}
@@ -35,6 +37,15 @@ data:
         listen [::]:8080;
         root /web/html;
       }}
+      server {{
+        listen 9090 http2;
+        listen [::]:9090 http2;
+        root /web/html;
+        default_type application/grpc;
+        # Files are not for POST, says nginx; here this one is.
+        error_page 405 =200 $uri;
+        add_trailer grpc-status 0;
+      }}
     }}
 ---
 apiVersion: v1
@@ -49,13 +60,16 @@ spec:
     command: [/usr/sbin/nginx, -e, stderr, -c, /web/nginx.conf]
     startupProbe: {{tcpSocket: {{port: 8080}}, periodSeconds: 1, failureThreshold: 30}}
     readinessProbe: {{httpGet: {{path: /, port: 8080}}, periodSeconds: 1}}
-    livenessProbe: {{tcpSocket: {{port: 8080}}, periodSeconds: 1, failureThreshold: 3}}
+    livenessProbe: {{grpc: {{port: 9090}}, periodSeconds: 1, failureThreshold: 3}}
     volumeMounts: [{{name: web, mountPath: /web}}]
   volumes:
   - name: web
     configMap:
       name: {name}
-      items: [{{key: nginx.conf, path: nginx.conf}}, {{key: index.html, path: html/index.html}}]
+      items:
+      - {{key: nginx.conf, path: nginx.conf}}
+      - {{key: index.html, path: html/index.html}}
+      - {{key: serving, path: html/grpc.health.v1.Health/Check}}
 ---
 apiVersion: v1
 kind: Service
