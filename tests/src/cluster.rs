@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
@@ -73,6 +74,8 @@ impl Builder {
         for agent in cluster.agents.values() {
             std::fs::write(agent.token_file(), cluster.controller.token(agent.node())?)?;
         }
+        // As somebody does who sets up a host: once.
+        std::fs::copy(cluster.controller.state_dir().join("root.pem"), control_ca(&cluster.topology))?;
         Ok(cluster)
     }
 
@@ -90,13 +93,18 @@ impl Builder {
         let mut agents = BTreeMap::new();
         for node in topology.nodes() {
             let relay = Relay::start(node.netns(), controller.address())?;
-            let root = controller.state_dir().join("root.pem");
+            let root = control_ca(&topology);
             let agent = Agent::new(&bed, &node.place, relay, root, self.agent_flags.clone());
             crate::isolate::mount_bpffs(&agent.bpffs())?;
             agents.insert(node.name().to_owned(), agent);
         }
         Ok(Cluster { agents, controller, bed, topology, directory, objects: Mutex::default() })
     }
+}
+
+/// By what agents know the controller.
+fn control_ca(topology: &Topology) -> PathBuf {
+    topology.control.dir().join("control-ca.pem")
 }
 
 /// A running cluster. Dropping it ends its processes; the bed's end removes the rest.
