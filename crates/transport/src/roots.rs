@@ -3,12 +3,14 @@
 
 use crate::TlsError;
 use crate::identity::PROVIDER;
+use crate::verify::expiry_of;
+use rustls::RootCertStore;
 use rustls::client::verify_server_cert_signed_by_trust_anchor;
 use rustls::pki_types::{CertificateDer, UnixTime};
 use rustls::server::danger::ClientCertVerifier;
 use rustls::server::{ParsedCertificate, WebPkiClientVerifier};
-use rustls::{CertificateError, Error, RootCertStore};
 use std::sync::Arc;
+use std::time::UNIX_EPOCH;
 use tokio::sync::watch;
 
 /// A bundle of roots.
@@ -34,22 +36,16 @@ impl Roots {
         Ok(Self { store, callers, retired: watch::Sender::new(false) })
     }
 
-    /// Whether a leaf followed by its intermediates was issued under one of them. Said of what has expired, too, which proves
-    /// nothing to anybody.
+    /// Whether a leaf followed by its intermediates was issued under one of them: as of its last second, since whether it is
+    /// valid now is another question.
     pub fn issued(&self, chain: &[CertificateDer<'_>]) -> bool {
         let [leaf, intermediates @ ..] = chain else { return false };
+        let (Ok(expiry), Ok(leaf)) = (expiry_of(leaf), ParsedCertificate::try_from(leaf)) else {
+            return false;
+        };
+        let then = UnixTime::since_unix_epoch(expiry.duration_since(UNIX_EPOCH).unwrap_or_default());
         let algorithms = PROVIDER.signature_verification_algorithms.all;
-        let verified = ParsedCertificate::try_from(leaf).and_then(|leaf| {
-            let now = UnixTime::now();
-            verify_server_cert_signed_by_trust_anchor(&leaf, &self.store, intermediates, now, algorithms)
-        });
-        match verified {
-            Ok(()) => true,
-            Err(Error::InvalidCertificate(why)) => {
-                matches!(why, CertificateError::Expired | CertificateError::ExpiredContext { .. })
-            }
-            Err(_) => false,
-        }
+        verify_server_cert_signed_by_trust_anchor(&leaf, &self.store, intermediates, then, algorithms).is_ok()
     }
 
     /// One of them is not to be believed any more: what was proven by them is not enough for anything new. Tunnels made with

@@ -122,7 +122,7 @@ fn unreadable(e: &dyn std::fmt::Display) -> PeerRefused {
 }
 
 /// When a certificate expires.
-fn expiry_of(certificate: &CertificateDer<'_>) -> Result<SystemTime, PeerRefused> {
+pub(crate) fn expiry_of(certificate: &CertificateDer<'_>) -> Result<SystemTime, PeerRefused> {
     let (_, parsed) = X509Certificate::from_der(certificate).map_err(|e| unreadable(&e))?;
     let seconds = u64::try_from(parsed.validity().not_after.timestamp()).unwrap_or_default();
     Ok(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds))

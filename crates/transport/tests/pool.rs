@@ -5,7 +5,9 @@
 mod common;
 
 use common::*;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use std::cell::Cell;
+use std::net::SocketAddr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -308,26 +310,40 @@ fn a_caller_whose_certificate_has_expired_is_told_to_come_anew() {
         let ca = Ca::new();
         let app = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let far = Far::start(ca.identity(SERVER), Limits::default()).await;
-        let tcp = TcpStream::connect(far.address).await.unwrap();
-        let connector = raw_client(Some(ca.leaf(&short(CLIENT))), &["h2"], TLS13);
-        let tls = connector.connect("server.example".try_into().unwrap(), tcp).await.unwrap();
-        let (mut requests, connection) = h2::client::handshake(tls).await.unwrap();
-        spawn_local(async move { drop(connection.await) });
-        let ask = |requests: &mut h2::client::SendRequest<bytes::Bytes>| {
-            let uri = app.local_addr().unwrap().to_string();
-            let request = http::Request::builder().method("CONNECT").uri(uri).body(()).unwrap();
-            requests.send_request(request, false)
-        };
-        let (answer, _stream) = ask(&mut requests).unwrap();
-        assert_eq!(answer.await.unwrap().status(), 200);
+        let mut raw = Raw::connect(&far, ca.leaf(&short(CLIENT)), app.local_addr().unwrap()).await;
+        let _stream = raw.ask().await.unwrap();
         sleep(Duration::from_secs(3)).await;
-        // Whether the GOAWAY has been read or not: there is no second stream.
-        let late = match ask(&mut requests) {
-            Ok((answer, _)) => answer.await.map(drop),
-            Err(error) => Err(error),
-        };
-        assert!(late.is_err());
+        assert!(raw.ask().await.is_err());
     });
+}
+
+/// A caller without our pool.
+struct Raw {
+    requests: h2::client::SendRequest<bytes::Bytes>,
+    app: SocketAddr,
+}
+
+impl Raw {
+    async fn connect(
+        far: &Far,
+        (chain, key): (Vec<CertificateDer<'static>>, PrivateKeyDer<'static>),
+        app: SocketAddr,
+    ) -> Raw {
+        let tcp = TcpStream::connect(far.address).await.unwrap();
+        let connector = raw_client(Some((chain, key)), &["h2"], TLS13);
+        let tls = connector.connect("server.example".try_into().unwrap(), tcp).await.unwrap();
+        let (requests, connection) = h2::client::handshake(tls).await.unwrap();
+        spawn_local(async move { drop(connection.await) });
+        Raw { requests, app }
+    }
+
+    /// A stream that is served; an error whether the GOAWAY has been read or not.
+    async fn ask(&mut self) -> Result<h2::SendStream<bytes::Bytes>, h2::Error> {
+        let request = http::Request::builder().method("CONNECT").uri(self.app.to_string()).body(()).unwrap();
+        let (answer, stream) = self.requests.send_request(request, false)?;
+        assert_eq!(answer.await?.status(), 200);
+        Ok(stream)
+    }
 }
 
 /// A mesh changes its root: both are believed, then certificates change, then one root is let go. Whichever end is told
@@ -353,6 +369,8 @@ fn roots_rotate_under_an_open_stream() {
             let renewed = |uri| Arc::new(new.identity(uri).with_roots(&both).unwrap());
             let (at_server, at_client) = (renewed(SERVER), renewed(CLIENT));
             assert!(only.issued(at_client.chain()) && !only.issued(old.identity(CLIENT).chain()));
+            let over = Leaf { valid: (-60, -30), ..Leaf::of(CLIENT) };
+            assert!(only.issued(&new.leaf(&over).0) && !only.issued(&old.leaf(&over).0));
             match server_first {
                 true => far.identity.replace(at_server.clone()),
                 false => near.identity.replace(at_client.clone()),
@@ -395,24 +413,10 @@ fn a_tunnel_by_retired_roots_takes_no_stream() {
         let roots = ca.roots(&[]);
         let far =
             Far::start(Arc::new(ca.identity(SERVER).with_roots(&roots).unwrap()), Limits::default()).await;
-        let tcp = TcpStream::connect(far.address).await.unwrap();
-        let connector = raw_client(Some(ca.leaf(&Leaf::of(CLIENT))), &["h2"], TLS13);
-        let tls = connector.connect("server.example".try_into().unwrap(), tcp).await.unwrap();
-        let (mut requests, connection) = h2::client::handshake(tls).await.unwrap();
-        spawn_local(async move { drop(connection.await) });
-        let ask = |requests: &mut h2::client::SendRequest<bytes::Bytes>| {
-            let uri = app.local_addr().unwrap().to_string();
-            let request = http::Request::builder().method("CONNECT").uri(uri).body(()).unwrap();
-            requests.send_request(request, false)
-        };
-        let (answer, _stream) = ask(&mut requests).unwrap();
-        assert_eq!(answer.await.unwrap().status(), 200);
+        let mut raw = Raw::connect(&far, ca.leaf(&Leaf::of(CLIENT)), app.local_addr().unwrap()).await;
+        let _stream = raw.ask().await.unwrap();
         roots.retire();
-        let late = match ask(&mut requests) {
-            Ok((answer, _)) => answer.await.map(drop),
-            Err(error) => Err(error),
-        };
-        assert!(late.is_err());
+        assert!(raw.ask().await.is_err());
     });
 }
 

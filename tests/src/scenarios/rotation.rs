@@ -72,16 +72,8 @@ fn rotation(cluster: Builder) -> Result<()> {
     })?;
     traffic.wait_for_success(&shop.echoes(), 50, NEWS)?;
     talk(&mut open, &secret).context("what was open before")?;
-    let calls = traffic.stop();
-    let failed: Vec<_> = calls.iter().filter(|call| call.error.is_some()).collect();
-    ensure!(
-        failed.is_empty(),
-        "{} of {} connections failed: {:?}",
-        failed.len(),
-        calls.len(),
-        failed.first()
-    );
-    ensure!(calls.len() > 1000, "only {} connections were made", calls.len());
+    let calls = all_went_well(traffic)?;
+    ensure!(calls > 1000, "only {calls} connections were made");
     capture.stop()?.nothing_in_the_clear(start, &shop.enrolled(), secret.as_bytes())?;
 
     let after = roots(&shop.cluster)?;
@@ -185,15 +177,7 @@ fn given(cluster: Builder) -> Result<()> {
     files.write(&root.intermediate()?, Some(&root))?;
     until(NEWS, "another intermediate signs", || Ok(controller.trust_status()?.serial > serial))?;
     traffic.wait_for_success(&shop.echoes(), 100, NEWS)?;
-    let calls = traffic.stop();
-    let failed: Vec<_> = calls.iter().filter(|call| call.error.is_some()).collect();
-    ensure!(
-        failed.is_empty(),
-        "{} of {} connections failed: {:?}",
-        failed.len(),
-        calls.len(),
-        failed.first()
-    );
+    all_went_well(traffic)?;
     former.must_be_refused()
 }
 
@@ -291,6 +275,15 @@ fn roots(cluster: &Cluster) -> Result<Vec<String>> {
     let begin = "-----BEGIN CERTIFICATE-----";
     let certificates = pem.split_inclusive(end).filter_map(|text| Some(text[text.find(begin)?..].to_owned()));
     Ok(certificates.collect())
+}
+
+/// How many connections there were, none of which may have failed.
+fn all_went_well(traffic: Traffic) -> Result<usize> {
+    let calls = traffic.stop();
+    let failed: Vec<_> = calls.iter().filter(|call| call.error.is_some()).collect();
+    let (number, all) = (failed.len(), calls.len());
+    ensure!(failed.is_empty(), "{number} of {all} connections failed: {:?}", failed.first());
+    Ok(all)
 }
 
 /// One line there and back on each.
