@@ -334,6 +334,10 @@ impl Enroller {
     fn follow_publication(&self, snapshot: &Snapshot, pods: &Pods) {
         for (uid, pod) in &pods.enrolled {
             let published = snapshot.mesh.workload(uid).is_some_and(|w| w.tunnel == Tunnel::Hbone);
+            if !published && pod.phase() == Phase::Published {
+                // Whether it leaves or comes back will be heard next; the kernel holds it already (`state.rs`).
+                pod.phase.send_replace(Phase::Hold);
+            }
             if published && pod.phase() == Phase::Hold {
                 match pod.kernel.set_published(true) {
                     Ok(()) => {

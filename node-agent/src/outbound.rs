@@ -3,14 +3,16 @@
 
 use std::{
     fmt::Write,
+    io,
     net::{IpAddr, SocketAddr},
     pin::pin,
     rc::Rc,
     sync::Arc,
+    time::Duration,
 };
 
 use rand::Rng;
-use tokio::net::TcpStream;
+use tokio::{net::TcpStream, time::Instant};
 use weft_core::{Caller, Mesh, Service, TUNNEL_PORT, Tunnel, Workload, mesh::Destination};
 use weft_transport::{ConnectRequest, Counters, OpenError, Stream, TunnelKey, relay, relay_plain};
 
@@ -22,6 +24,10 @@ use crate::{
     state::Snapshot,
     worker::{Load, Worker, connected},
 };
+
+/// How much later than this agent others may hear the same: less than a pod that leaves goes on by its agent.
+const NEWS_SPREAD: Duration = Duration::from_secs(2);
+const RETRY: Duration = Duration::from_millis(20);
 
 /// Where a connection goes.
 enum Route {
@@ -211,11 +217,26 @@ async fn through_tunnel(
     Ok(opened.stream)
 }
 
-/// Plain TCP from the pod's own address.
+/// Plain TCP from the pod's own address. Whoever has not heard yet that the pod leaves the mesh refuses that from it, so it is
+/// tried again while that may be.
 async fn as_it_is(worker: &Rc<Worker>, pod: &Arc<PodHandle>, to: SocketAddr) -> Result<TcpStream, Refusal> {
-    let refusal = |error: std::io::Error| Refusal::new("dial", format!("{to}: {error}"));
-    let socket = pod.kernel.outbound_socket(to).map_err(refusal)?;
-    connected(socket, worker.shared.limits.connect_timeout).await.map_err(refusal)
+    let started = Instant::now();
+    let is_leaving = || {
+        let own = worker.snapshot().mesh.workload(&pod.uid).map(|own| own.tunnel);
+        own != Some(Tunnel::Hbone) && started.elapsed() < NEWS_SPREAD
+    };
+    loop {
+        let dial = async {
+            let socket = pod.kernel.outbound_socket(to)?;
+            connected(socket, worker.shared.limits.connect_timeout).await
+        };
+        match dial.await {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused && is_leaving() => {
+                tokio::time::sleep(RETRY).await;
+            }
+            result => return result.map_err(|error| Refusal::new("dial", format!("{to}: {error}"))),
+        }
+    }
 }
 
 /// A new W3C trace context, not sampled: it ties the two agents' access log lines together.

@@ -241,6 +241,13 @@ impl Maps {
                 self.kernel.refuse_source(ip)?;
             }
         }
+        // A pod of this node that leaves the mesh goes on by its agent for a while: others may not have heard of it yet, and refuse
+        // what comes from it in plain.
+        let leaving: HashSet<IpAddr> =
+            addresses().filter(|ip| !is_refused(next, *ip) && self.refused.contains(ip)).collect();
+        if !leaving.is_empty() {
+            self.kernel.hold_pods_at(&leaving)?;
+        }
         let mut verdicts: Vec<_> = touched.iter().map(|target| (*target, verdict(next, *target))).collect();
         // Ports are captured before their address is captured by port only, and let go after that.
         verdicts.sort_by_key(|(target, verdict)| match (target, verdict) {

@@ -169,6 +169,16 @@ impl Kernel {
         Ok(records)
     }
 
+    /// Begins the hold of the pods with these addresses again, before their own agent does ([`crate::Pod::set_published`]).
+    pub fn hold_pods_at(&self, addresses: &HashSet<IpAddr>) -> Result<(), Error> {
+        for (cookie, entry) in self.shared.maps.pods()? {
+            if !entry.on_hold() && addresses.iter().any(|ip| addresses_of(&entry).contains(*ip)) {
+                self.shared.maps.set_hold(cookie, true)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Connections of root's processes in that cgroup go straight to the applications of enrolled pods from now on; without
     /// one nobody's do. What a predecessor said holds until this is called.
     pub fn recognise_kubelet(&self, kubelet: Option<&Kubelet>) -> Result<(), Error> {

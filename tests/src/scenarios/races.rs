@@ -2,7 +2,7 @@
 //! then, no byte of a payload crosses the wire in the clear.
 
 use std::io::Write as _;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use weft_testbed::cluster::Builder;
@@ -28,6 +28,11 @@ pub const SCENARIOS: &[Scenario] = &[
         "race_server_has_not_heard",
         "of the client: it comes by tunnel all the same",
         server_unheard,
+    ),
+    Scenario::new(
+        "race_server_believes_enrolled",
+        "a client that has left the mesh: its connections wait for the news",
+        left,
     ),
     Scenario::new("race_new_pod_holds", "an enrolled pod that is not published yet sends nothing", new_pod),
 ];
@@ -141,6 +146,26 @@ fn server_unheard(cluster: Builder) -> Result<()> {
     shop.check_echo(&secret).context("after the news")?;
     let verified = 4 * secret.len() as u64;
     capture.stop()?.encrypted_since(enrolled, &shop.enrolled(), secret.as_bytes(), verified)
+}
+
+/// Both leave. The server's agent hears of it later, and refuses what comes in plain from a pod of the mesh until then.
+fn left(cluster: Builder) -> Result<()> {
+    let shop = Shop::open_enrolled(cluster)?;
+    shop.cluster.hold("west")?;
+    shop.cluster.unlabel_namespace("shop")?;
+    until(NEWS, "the client's agent has heard", || shop.east()?.knows_as_outside(&shop.web.uid()))?;
+    std::thread::scope(|scope| {
+        let released = scope.spawn(|| {
+            pause(Duration::from_millis(700));
+            shop.cluster.release("west")
+        });
+        let start = Instant::now();
+        while start.elapsed() < Duration::from_secs(2) {
+            shop.check_echo("the server's agent has not heard")?;
+        }
+        released.join().map_err(|_| anyhow::anyhow!("the release panicked"))?
+    })?;
+    shop.cluster.wait_outside(&[&shop.web, &shop.client])
 }
 
 fn new_pod(cluster: Builder) -> Result<()> {
