@@ -333,8 +333,10 @@ impl Enroller {
     /// A pod counts as enrolled once this agent has seen it published: from then on peers that are later than it know it.
     fn follow_publication(&self, snapshot: &Snapshot, pods: &Pods) {
         for (uid, pod) in &pods.enrolled {
-            let published = snapshot.mesh.workload(uid).is_some_and(|w| w.tunnel == Tunnel::Hbone);
-            if !published && pod.phase() == Phase::Published {
+            let workload = snapshot.mesh.workload(uid);
+            let published = workload.is_some_and(|w| w.tunnel == Tunnel::Hbone);
+            // One that is withdrawn may still run, and goes on as it was.
+            if !published && workload.is_some() && pod.phase() == Phase::Published {
                 // Whether it leaves or comes back will be heard next; the kernel holds it already (`state.rs`).
                 pod.phase.send_replace(Phase::Hold);
             }

@@ -243,8 +243,8 @@ impl Maps {
         }
         // A pod of this node that leaves the mesh goes on by its agent for a while: others may not have heard of it yet, and refuse
         // what comes from it in plain.
-        let leaving: HashSet<IpAddr> =
-            addresses().filter(|ip| !is_refused(next, *ip) && self.refused.contains(ip)).collect();
+        let leaves = |ip: &IpAddr| self.refused.contains(ip) && next.mesh.kind(*ip) == AddressKind::Unmeshed;
+        let leaving: HashSet<IpAddr> = addresses().filter(leaves).collect();
         if !leaving.is_empty() {
             self.kernel.hold_pods_at(&leaving)?;
         }
