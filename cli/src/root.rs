@@ -12,7 +12,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use serde::Serialize;
 use serde_json::{Value, json};
 use tokio::time::sleep;
-use weft_api::trust::{Phase, ROTATE_ROOT, TrustStatus};
+use weft_api::trust::{Phase, Progress, ROTATE_ROOT, TrustStatus, Waiting};
 use x509_parser::prelude::{FromDer, Pem, X509Certificate};
 
 use crate::{
@@ -98,23 +98,19 @@ async fn rotate(target: &Target, no_wait: bool) -> Result<()> {
         return Ok(());
     }
     let started = Instant::now();
-    let mut last = None;
+    let mut waiting = Waiting::new(&request);
     loop {
-        let status = Shown::read(&cluster, target).await?.status;
-        if status.has_done(&request) {
-            eprintln!("done: there is one root, the new one");
-            return Ok(());
-        }
-        let is_idle = status.phase == Phase::Steady;
-        if is_idle && started.elapsed() > PATIENCE {
-            bail!(
+        match waiting.look(Shown::read(&cluster, target).await?.status) {
+            Progress::Done => {
+                eprintln!("done: there is one root, the new one");
+                return Ok(());
+            }
+            Progress::Idle if started.elapsed() > PATIENCE => bail!(
                 "the controller has not begun within {PATIENCE:?}; kubectl -n {} logs deployment/weft-control",
                 target.namespace
-            );
-        }
-        if !is_idle && last.as_ref() != Some(&status) {
-            eprintln!("{status} ...");
-            last = Some(status);
+            ),
+            Progress::News(status) => eprintln!("{status} ..."),
+            Progress::Idle | Progress::Nothing => {}
         }
         sleep(LOOK).await;
     }

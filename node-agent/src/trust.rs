@@ -16,12 +16,10 @@ use rustls::pki_types::{CertificateDer, pem::PemObject};
 use sha2::{Digest, Sha256};
 use tokio::sync::watch;
 use tracing::warn;
+use weft_api::trust::SERIAL_LINE;
 use weft_proto::node::TrustBundle;
 use weft_transport::Roots;
 use weft_xds::CaSource;
-
-/// Before certificates in PEM that the controller has published: of two such files the one with the higher number is newer.
-const SERIAL_LINE: &str = "# weft-trust-serial: ";
 
 /// A bundle in force.
 #[derive(Debug)]

@@ -8,9 +8,9 @@ use std::{
 
 use anyhow::Context;
 use tokio::sync::{mpsc, watch};
-use weft_api::trust::{Phase, TrustStatus};
+use weft_api::trust::{Progress, TrustStatus, Waiting};
 
-use super::{Authorities, Circumstances, Pair, Record, Rotation, Settled, given::Given};
+use super::{Authorities, Circumstances, Pair, Record, Rotation, Settled, given::Given, unix};
 use crate::{
     cluster::{ClusterError, authority, bounded, patiently},
     controller::Input,
@@ -304,24 +304,22 @@ pub fn request(state: &StateDir) -> Result<String, StateError> {
 /// Says on standard error how the rotation goes on that was asked for in these words, until it is done.
 pub fn until_rotated(state: &StateDir, request: &str) -> anyhow::Result<()> {
     let started = Instant::now();
-    let mut last = None;
+    let mut waiting = Waiting::new(request);
     loop {
         let text =
             state.read(STATUS_FILE)?.context("the controller has never run with this state directory")?;
-        let status: TrustStatus = serde_json::from_slice(&text).context(STATUS_FILE)?;
-        if status.has_done(request) {
-            eprintln!("done: there is one root, the new one");
-            return Ok(());
-        }
-        let is_idle = status.phase == Phase::Steady;
-        if is_idle && started.elapsed() > PATIENCE {
-            anyhow::bail!(
-                "no controller has taken the request up; one that starts with this state directory will"
-            );
-        }
-        if !is_idle && last.as_ref() != Some(&status) {
-            eprintln!("{status}");
-            last = Some(status);
+        match waiting.look(serde_json::from_slice(&text).context(STATUS_FILE)?) {
+            Progress::Done => {
+                eprintln!("done: there is one root, the new one");
+                return Ok(());
+            }
+            Progress::Idle if started.elapsed() > PATIENCE => {
+                anyhow::bail!(
+                    "no controller has taken the request up; one that starts with this state directory will"
+                );
+            }
+            Progress::News(status) => eprintln!("{status}"),
+            Progress::Idle | Progress::Nothing => {}
         }
         #[allow(clippy::disallowed_methods, reason = "a command without a runtime")]
         std::thread::sleep(LOOK);
@@ -405,8 +403,4 @@ impl From<authority::Stored> for Read {
     fn from(stored: authority::Stored) -> Self {
         Self { record: stored.record, version: Some(stored.version) }
     }
-}
-
-fn unix(time: SystemTime) -> u64 {
-    time.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }

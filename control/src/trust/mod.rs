@@ -30,7 +30,7 @@ use std::{
 use aws_lc_rs::digest::{SHA256, digest};
 use rustls::pki_types::{CertificateDer, pem::PemObject};
 use serde::{Deserialize, Serialize};
-use weft_api::trust::{Phase, TrustStatus};
+use weft_api::trust::{Phase, SERIAL_LINE, TrustStatus};
 use weft_proto::node::TrustBundle;
 
 use self::root::Root;
@@ -42,8 +42,6 @@ const VERSION: u32 = 1;
 const SETTLE: Duration = Duration::from_secs(20);
 /// After that a silent node has no valid certificate any more.
 const SILENCE: Duration = Duration::from_secs(MAX_TTL.as_secs() + 3600);
-/// Before the bundle in PEM: its serial.
-pub const SERIAL_LINE: &str = "# weft-trust-serial: ";
 
 /// How roots rotate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -186,25 +184,27 @@ impl Record {
         let late = *since >= rotation.overlap + SETTLE;
         let mut next = self.clone();
         let what = match self.phase() {
-            Phase::Steady if given.is_some_and(|given| *given == self.signer) => return Ok(None),
-            Phase::Steady if given.is_some_and(|given| given.certificate == self.signer.certificate) => {
-                given.cloned().into_iter().for_each(|given| next.signer = given);
-                "another intermediate signs, under the same root"
-            }
-            Phase::Steady if given.is_some() => {
-                next.next = given.cloned();
-                "the root that was given is announced to the nodes"
-            }
-            Phase::Steady => {
-                let asked = request.is_some() && *request != self.obeyed.as_deref();
-                let age = Root::try_from(&self.signer)?.age(now);
-                if !asked && rotation.after.is_none_or(|after| age < after) {
-                    return Ok(None);
+            Phase::Steady => match given {
+                Some(given) if **given == self.signer => return Ok(None),
+                Some(given) if given.certificate == self.signer.certificate => {
+                    next.signer = (*given).clone();
+                    "another intermediate signs, under the same root"
                 }
-                next.obeyed = request.map(str::to_owned);
-                next.next = Some(Pair::generate(organization)?);
-                "a new root is announced to the nodes"
-            }
+                Some(given) => {
+                    next.next = Some((*given).clone());
+                    "the root that was given is announced to the nodes"
+                }
+                None => {
+                    let asked = request.is_some() && *request != self.obeyed.as_deref();
+                    let age = Root::try_from(&self.signer)?.age(now);
+                    if !asked && rotation.after.is_none_or(|after| age < after) {
+                        return Ok(None);
+                    }
+                    next.obeyed = request.map(str::to_owned);
+                    next.next = Some(Pair::generate(organization)?);
+                    "a new root is announced to the nodes"
+                }
+            },
             Phase::Announced if followed && late => {
                 let new = next.next.take().ok_or("has no next root")?;
                 next.previous = Some(std::mem::replace(&mut next.signer, new).certificate);

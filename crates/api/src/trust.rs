@@ -6,6 +6,9 @@ use serde::{Deserialize, Serialize};
 /// Annotation of the ConfigMap `weft-root`. Another value than before asks for a rotation.
 pub const ROTATE_ROOT: &str = "weft.dev/rotate-root";
 
+/// Before a bundle of roots in PEM: its serial. Of two such files the one with the higher number is newer.
+pub const SERIAL_LINE: &str = "# weft-trust-serial: ";
+
 /// Where a rotation is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -39,10 +42,40 @@ pub struct TrustStatus {
     pub problem: Option<String>,
 }
 
-impl TrustStatus {
-    /// Whether the rotation that was asked for in these words is over.
-    pub fn has_done(&self, request: &str) -> bool {
-        self.phase == Phase::Steady && self.obeyed.as_deref() == Some(request)
+/// Somebody who waits for the rotation that was asked for in these words.
+#[derive(Debug)]
+pub struct Waiting<'a> {
+    request: &'a str,
+    last: Option<TrustStatus>,
+}
+
+/// What there is to say to them.
+#[derive(Debug)]
+pub enum Progress<'a> {
+    Done,
+    /// It has not begun.
+    Idle,
+    News(&'a TrustStatus),
+    Nothing,
+}
+
+impl<'a> Waiting<'a> {
+    pub fn new(request: &'a str) -> Self {
+        Self { request, last: None }
+    }
+
+    pub fn look(&mut self, status: TrustStatus) -> Progress<'_> {
+        if status.phase == Phase::Steady {
+            return if status.obeyed.as_deref() == Some(self.request) {
+                Progress::Done
+            } else {
+                Progress::Idle
+            };
+        }
+        if self.last.as_ref() == Some(&status) {
+            return Progress::Nothing;
+        }
+        Progress::News(self.last.insert(status))
     }
 }
 
