@@ -30,7 +30,7 @@ use std::{process::ExitCode, time::SystemTime};
 use anyhow::Context;
 use clap::Parser;
 use tokio::signal::unix::{SignalKind, signal};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::{filter::Targets, layer::SubscriberExt, util::SubscriberInitExt};
 
 use crate::{
     auth::join::TokenKey,
@@ -75,9 +75,11 @@ fn rotate(args: &RotateArgs) -> anyhow::Result<()> {
 
 fn serve(config: Config) -> anyhow::Result<()> {
     // The client's own complaints are repeated here in our words; --log kube_client=warn brings them back.
-    let filter = EnvFilter::try_new(format!("kube_client=off,{}", config.log))
+    let filter: Targets = format!("kube_client=off,{}", config.log)
+        .parse()
         .with_context(|| format!("--log {:?}", config.log))?;
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(false).init();
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(false);
+    tracing_subscriber::registry().with(filter).with(lines).init();
     tokio::runtime::Builder::new_multi_thread().enable_all().build()?.block_on(async {
         // Before anything takes time, so that a signal during the start is not lost.
         let mut terminate = signal(SignalKind::terminate())?;

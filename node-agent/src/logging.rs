@@ -5,12 +5,12 @@ use std::sync::OnceLock;
 
 use anyhow::Context;
 use tracing_appender::non_blocking::{ErrorCounter, NonBlocking, NonBlockingBuilder, WorkerGuard};
-use tracing_subscriber::{EnvFilter, Registry, layer::SubscriberExt, reload, util::SubscriberInitExt};
+use tracing_subscriber::{Registry, filter::Targets, layer::SubscriberExt, reload, util::SubscriberInitExt};
 
 /// Lines that wait for a slow reader; beyond that they are dropped. The queue's memory is taken at the start.
 const QUEUED_LINES: usize = 8192;
 
-static FILTER: OnceLock<reload::Handle<EnvFilter, Registry>> = OnceLock::new();
+static FILTER: OnceLock<reload::Handle<Targets, Registry>> = OnceLock::new();
 static DROPPED: OnceLock<ErrorCounter> = OnceLock::new();
 
 /// Starts logging. Lines still queued are written when the guard is dropped.
@@ -20,7 +20,7 @@ pub fn start(filter: &str, json: bool) -> anyhow::Result<WorkerGuard> {
         .buffered_lines_limit(QUEUED_LINES)
         .finish(std::io::stderr());
     let _ = DROPPED.set(writer.error_counter());
-    let parsed = EnvFilter::try_new(filter).with_context(|| format!("log filter {filter:?}"))?;
+    let parsed = parse(filter)?;
     let (layer, handle) = reload::Layer::new(parsed);
     let registry = tracing_subscriber::registry().with(layer);
     let ansi = std::io::IsTerminal::is_terminal(&std::io::stderr());
@@ -33,6 +33,10 @@ pub fn start(filter: &str, json: bool) -> anyhow::Result<WorkerGuard> {
     Ok(guard)
 }
 
+fn parse(filter: &str) -> anyhow::Result<Targets> {
+    filter.parse().with_context(|| format!("log filter {filter:?}"))
+}
+
 /// The filter in force.
 pub fn level() -> String {
     let current = FILTER.get().and_then(|f| f.with_current(|f| f.to_string()).ok());
@@ -41,7 +45,7 @@ pub fn level() -> String {
 
 /// Replaces the filter.
 pub fn set_level(filter: &str) -> anyhow::Result<()> {
-    let parsed = EnvFilter::try_new(filter).with_context(|| format!("log filter {filter:?}"))?;
+    let parsed = parse(filter)?;
     FILTER.get().context("logging has not started")?.reload(parsed).context("changing the log filter")
 }
 
