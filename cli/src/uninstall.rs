@@ -51,9 +51,10 @@ const LOOK: Duration = Duration::from_secs(1);
 /// A controller starts, and agents let connections in flight end, well within it.
 const PATIENCE: Duration = Duration::from_secs(120);
 /// What the controller makes, beside what is installed.
-const MADE: [(&str, &str); 3] = [
+const MADE: [(&str, &str); 4] = [
     ("api/v1", "secrets/weft-ca"),
     ("api/v1", "configmaps/weft-root"),
+    ("api/v1", "configmaps/weft-policies"),
     ("apis/coordination.k8s.io/v1", "leases/weft-control"),
 ];
 /// The namespace that nobody else has a use for; any other may be shared.

@@ -57,6 +57,7 @@ pub struct Metrics {
     pub leader: Gauge,
     pub conditions_written: Counter,
     pub conditions_failed: Counter,
+    pub policies_pending: Gauge,
     pub root_expiry: Gauge,
     pub root_rotation: Gauge,
     pub root_waiting: Family<NodeLabel, Gauge>,
@@ -146,6 +147,11 @@ impl Metrics {
             "pod_conditions_failed",
             "Conditions of Pods that could not be written, and are tried again",
             m.conditions_failed.clone(),
+        );
+        registry.register(
+            "policies_pending",
+            "AuthorizationPolicies that not every node is known to enforce yet",
+            m.policies_pending.clone(),
         );
         registry.register(
             "root_expiry_timestamp_seconds",

@@ -8,12 +8,21 @@ use tokio::{
     net::TcpListener,
     sync::{mpsc, watch},
 };
-use weft_xds::{Progress, Snapshot, VersionVector};
+use weft_xds::{Progress, VersionVector};
 
 use crate::{
     auth::{Authenticator, join::TokenKey, review::Reviewer},
     ca::Authority,
-    cluster::{self, enrollment::Records, lease::Candidate, status},
+    cluster::{
+        self,
+        enrollment::Records,
+        lease::Candidate,
+        policy_status::{
+            Reach,
+            reach::{self, Served},
+        },
+        status,
+    },
     config::{Config, Source},
     controller::{Controller, Input, Published},
     enrollment::Enrollment,
@@ -90,8 +99,9 @@ impl Server {
         serve_readiness(config.ready_listen, &metrics).await?;
         let (inputs, queue) = mpsc::channel(QUEUE);
         std::thread::Builder::new().name("controller".to_owned()).spawn(move || controller.run(queue))?;
+        let served = Served { followers: xds.followers(), snapshots, known: progress.known() };
         let (candidate, leads) =
-            watching.start(config.mesh, inputs.clone(), wanted, metrics.clone(), snapshots)?;
+            watching.start(config.mesh, inputs.clone(), wanted, metrics.clone(), served)?;
         follow(keeper, trust, leads, settled, inputs.clone());
         Ok(Self {
             listener,
@@ -204,16 +214,22 @@ impl Watching {
         inputs: mpsc::Sender<Input>,
         wanted: mpsc::Receiver<VersionVector>,
         metrics: Metrics,
-        mut snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
+        served: Served,
     ) -> anyhow::Result<(Option<Candidate>, watch::Receiver<bool>)> {
         match self {
             Self::Cluster { client, namespace, pod_name } => {
+                let mut snapshots = served.snapshots.clone();
                 let ready = async move { drop(snapshots.wait_for(Option::is_some).await) };
                 let (candidate, leads) =
                     Candidate::start(client.clone(), &namespace, pod_name, metrics.clone(), ready);
+                let (seen, reached) = watch::channel(Arc::default());
+                let (awaited, is_awaited) = watch::channel(false);
+                tokio::spawn(reach::run(client.clone(), namespace, served, seen, is_awaited));
                 let (statuses, queue) = mpsc::channel(QUEUE);
                 let enabled = settings.enabled;
-                tokio::spawn(status::run(client.clone(), settings, queue, leads.clone(), metrics.clone()));
+                let reach = Reach { reached, wanted: awaited };
+                let (leader, counts) = (leads.clone(), metrics.clone());
+                tokio::spawn(status::run(client.clone(), settings, queue, leader, reach, counts));
                 tokio::spawn(kubernetes::run(client, enabled, inputs, statuses, wanted, metrics));
                 Ok((Some(candidate), leads))
             }

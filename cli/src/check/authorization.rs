@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 
-use weft_api::{AuthorizationPolicy, DefaultInbound, inbound_choice};
+use weft_api::{AuthorizationPolicy, DefaultInbound, inbound_choice, pod::Condition};
 
 use super::{
     report::{Check, Outcome},
@@ -11,20 +11,32 @@ use super::{
 use crate::cluster::Part;
 
 const ACCEPTED: &str = "Accepted";
+const PROGRAMMED: &str = "Programmed";
 
 pub fn checks(view: &View, installed: &Installed) -> Vec<Check> {
     let accepted = "every AuthorizationPolicy is accepted";
+    let programmed = "every AuthorizationPolicy is in force on every node";
+    let each = |problem: fn(&AuthorizationPolicy) -> Option<String>| -> Part<Vec<String>> {
+        let policies = installed.authorization.as_ref().map_err(String::clone)?;
+        Ok(policies.iter().filter_map(problem).collect())
+    };
     let understood = "every annotation policy.weft.dev/default-inbound is understood";
     vec![
         Check::from(
             Outcome::Warning,
             accepted,
-            installed
-                .authorization
-                .as_ref()
-                .map_err(String::clone)
-                .map(|all| all.iter().filter_map(refused).collect()),
+            each(refused),
             "kubectl get authorizationpolicies.policy.weft.dev -A\ndocs/policy.md says what a policy can say",
+        ),
+        Check::from(
+            Outcome::Warning,
+            programmed,
+            each(awaited),
+            format!(
+                "a change takes seconds; after that: does the agent of that node run, and reach the controller?\n\
+                 kubectl -n {} get pods -o wide",
+                view.namespace
+            ),
         ),
         Check::from(
             Outcome::Warning,
@@ -35,12 +47,30 @@ pub fn checks(view: &View, installed: &Installed) -> Vec<Check> {
     ]
 }
 
+fn name(policy: &AuthorizationPolicy) -> String {
+    format!("{}/{}", policy.metadata.namespace.as_deref().unwrap_or_default(), policy.metadata.name)
+}
+
+fn condition<'a>(policy: &'a AuthorizationPolicy, kind: &str) -> Option<&'a Condition> {
+    policy.status.conditions.iter().find(|condition| condition.kind == kind)
+}
+
+/// Why an accepted policy is not known to be in force everywhere.
+fn awaited(policy: &AuthorizationPolicy) -> Option<String> {
+    let is_now = |condition: &&Condition| condition.observed_generation == policy.metadata.generation;
+    condition(policy, ACCEPTED).filter(|accepted| accepted.is_true())?;
+    let why = match condition(policy, PROGRAMMED).filter(is_now) {
+        Some(programmed) if programmed.is_true() => return None,
+        Some(programmed) => &programmed.message,
+        None => "the controller has not said where it is in force",
+    };
+    Some(format!("{}: {why}", name(policy)))
+}
+
 /// What is wrong with a policy: as the controller says it, or as it can be read from the policy itself.
 fn refused(policy: &AuthorizationPolicy) -> Option<String> {
-    let name =
-        format!("{}/{}", policy.metadata.namespace.as_deref().unwrap_or_default(), policy.metadata.name);
-    let condition = policy.status.conditions.iter().find(|condition| condition.kind == ACCEPTED);
-    match (&policy.spec, condition) {
+    let name = name(policy);
+    match (&policy.spec, condition(policy, ACCEPTED)) {
         (_, Some(condition)) if !condition.is_true() => Some(format!("{name}: {}", condition.message)),
         (Err(unintelligible), None) => Some(format!("{name}: {}; it denies everything", unintelligible.why)),
         (_, None) => Some(format!("{name}: the controller has not said whether it accepts it")),
@@ -73,13 +103,24 @@ mod tests {
 
     #[test]
     fn what_is_wrong_with_a_policy() {
-        let read = |spec, conditions| {
+        let policy = |spec, conditions| -> AuthorizationPolicy {
             let policy = json!({
-                "metadata": {"name": "p", "namespace": "shop"}, "spec": spec, "status": {"conditions": conditions},
+                "metadata": {"name": "p", "namespace": "shop", "generation": 2}, "spec": spec, "status": {"conditions": conditions},
             });
-            refused(&serde_json::from_value(policy).unwrap()).unwrap_or_default()
+            serde_json::from_value(policy).unwrap()
         };
+        let read = |spec, conditions| refused(&policy(spec, conditions)).unwrap_or_default();
         let condition = |status, message| json!([{"type": "Accepted", "status": status, "message": message}]);
+        let both = |accepted, programmed, generation| {
+            let conditions = json!([
+                {"type": "Accepted", "status": accepted},
+                {"type": "Programmed", "status": programmed, "message": "2", "observedGeneration": generation},
+            ]);
+            awaited(&policy(json!({}), conditions)).unwrap_or_default()
+        };
+        assert_eq!(both("True", "False", 2), "shop/p: 2");
+        assert_eq!(both("True", "True", 2) + &both("False", "False", 2), "");
+        assert!(both("True", "True", 1).contains("has not said"));
         assert_eq!(read(json!({}), condition("True", "")), "");
         assert_eq!(read(json!({}), condition("False", "no Service web")), "shop/p: no Service web");
         assert!(read(json!({}), json!([])).contains("has not said"));

@@ -26,7 +26,8 @@ use weft_api::{Kind, Namespace, Object, ObjectKey, Pod, mesh_choice, pod::Condit
 use super::{
     REQUEST_TIMEOUT, code,
     enrollment::{Heard, Record},
-    policy_status, words,
+    policy_status::{self, Reach},
+    words,
 };
 use crate::{enrollment::Place, metrics::Metrics, source::Delta, store::Name, translate::MeshSettings};
 
@@ -52,8 +53,31 @@ const COMPLETED: &str = "Completed";
 /// What the source tells.
 #[derive(Debug)]
 pub enum Input {
-    Objects(Delta),
+    Objects {
+        delta: Delta,
+        /// Up to where policies have been told, with this.
+        policies_read: Option<u64>,
+    },
     Enrollment(Heard),
+}
+
+impl Input {
+    /// What of it is of interest to whoever writes the conditions of policies.
+    fn for_policies(&self) -> Option<policy_status::Input> {
+        Some(match self {
+            Self::Objects { delta, policies_read } => {
+                let delta = policy_status::part(delta);
+                if delta.is_empty() {
+                    return None;
+                }
+                policy_status::Input::Objects { delta, read: *policies_read }
+            }
+            Self::Enrollment(Heard { node, record }) => {
+                let has_pods = record.as_ref().is_some_and(|record| !record.places.is_empty());
+                policy_status::Input::Node { name: node.clone(), has_pods }
+            }
+        })
+    }
 }
 
 /// What the condition should say.
@@ -132,7 +156,7 @@ impl Known {
     fn apply(&mut self, input: Input) -> BTreeSet<Name> {
         let mut concerned = BTreeSet::new();
         match input {
-            Input::Objects(Delta { upserts, deletes }) => {
+            Input::Objects { delta: Delta { upserts, deletes }, .. } => {
                 for ObjectKey { kind, namespace, name } in deletes {
                     match kind {
                         Kind::Pod => {
@@ -276,11 +300,13 @@ pub async fn run(
     settings: MeshSettings,
     mut inputs: mpsc::Receiver<Input>,
     mut leads: watch::Receiver<bool>,
+    reach: Reach,
     metrics: Metrics,
 ) {
     let (policies, queue) = mpsc::channel(QUEUE);
     let trust_domain = settings.trust_domain.clone();
-    tokio::spawn(policy_status::run(client.clone(), trust_domain, queue, leads.clone()));
+    let (leader, counts) = (leads.clone(), metrics.clone());
+    tokio::spawn(policy_status::run(client.clone(), trust_domain, queue, leader, reach, counts));
     let known =
         Known { settings, namespaces: BTreeMap::new(), pods: BTreeMap::new(), records: BTreeMap::new() };
     let mut writer = Writer {
@@ -305,8 +331,8 @@ pub async fn run(
         tokio::select! {
             input = inputs.recv() => {
                 let Some(input) = input else { return };
-                if let Input::Objects(delta) = &input {
-                    let _ = policies.send(policy_status::part(delta)).await;
+                if let Some(part) = input.for_policies() {
+                    let _ = policies.send(part).await;
                 }
                 let concerned = writer.known.apply(input);
                 if leading {

@@ -17,6 +17,7 @@
 mod backoff;
 mod channel;
 mod client;
+mod followers;
 mod order;
 mod server;
 mod snapshot;
@@ -31,6 +32,7 @@ pub use channel::{
     AuthenticatedChannel, CaSource, CallerMetadata, ConfigError, ControlEndpoint, TokenSource, channel,
 };
 pub use client::{ClientConfig, run};
+pub use followers::Followers;
 pub use server::{Authenticate, Authentication, NodeName, Server, Stats, with_keepalive};
 pub use snapshot::{Resources, Snapshot, resource};
 pub use update::{Resource, Update};

@@ -2,6 +2,8 @@
 
 use weft_proto::type_url;
 
+const LAST: u8 = 6;
+
 /// Sort key of a type: whom to believe first; then the mesh's settings, because reading the others takes them; then nodes,
 /// policies and addresses; a node's own workloads last, the rest between.
 ///
@@ -26,10 +28,15 @@ impl TypeKey {
             type_url::NODE => 2,
             type_url::AUTHORIZATION => 3,
             type_url::ADDRESS => 4,
-            type_url::LOCAL_WORKLOAD => 6,
+            type_url::LOCAL_WORKLOAD => LAST,
             _ => 5,
         };
         TypeKey { rank, url: url.to_owned() }
+    }
+
+    /// Whether an agent that asks for this type has asked for everything by then.
+    pub(crate) fn is_last(&self) -> bool {
+        self.rank == LAST
     }
 
     pub(crate) fn url(&self) -> &str {

@@ -13,6 +13,7 @@ use tonic::{Request, Status, Streaming};
 use tracing::{debug, info, warn};
 use weft_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 
+use crate::followers::{Follower, Followers};
 use crate::order::TypeKey;
 use crate::subscription::{Answer, Next, Subscription};
 use crate::wire::{Decided, Pieces, Service, Whole};
@@ -40,6 +41,7 @@ pub struct Server {
     authenticate: Authenticate,
     whole: Arc<Whole>,
     stats: Arc<Stats>,
+    followers: Arc<Followers>,
 }
 
 /// What the server counts, for the controller's metrics.
@@ -94,12 +96,24 @@ impl Server {
         progress: Progress,
         authenticate: Authenticate,
     ) -> Server {
-        Server { snapshots, progress, authenticate, whole: Arc::default(), stats: Arc::default() }
+        Server {
+            snapshots,
+            progress,
+            authenticate,
+            whole: Arc::default(),
+            stats: Arc::default(),
+            followers: Arc::default(),
+        }
     }
 
     /// Counters that live as long as the server.
     pub fn stats(&self) -> Arc<Stats> {
         self.stats.clone()
+    }
+
+    /// How far the clients of this server have followed, as long as it lives.
+    pub fn followers(&self) -> Arc<Followers> {
+        self.followers.clone()
     }
 
     /// The service. Put it behind a server made by [`with_keepalive`].
@@ -125,6 +139,7 @@ impl Server {
         info!(node, peer = ?request.remote_addr(), "xDS stream opened");
         self.stats.streams.fetch_add(1, Ordering::Relaxed);
         let client = Client {
+            follower: self.followers.join(&node),
             node,
             requests: request.into_inner(),
             snapshots: self.snapshots.clone(),
@@ -150,6 +165,7 @@ pub fn with_keepalive(server: tonic::transport::Server) -> tonic::transport::Ser
 /// One stream.
 struct Client {
     node: NodeName,
+    follower: Follower,
     requests: Streaming<DeltaDiscoveryRequest>,
     snapshots: watch::Receiver<Option<Arc<Snapshot>>>,
     /// The latest there was. Once there is one it never becomes none again.
@@ -183,6 +199,11 @@ impl Client {
                 let encoded = decided.encode(&self.whole);
                 self.ended = encoded.is_err();
                 return Some(encoded);
+            }
+            if self.types.keys().next_back().is_some_and(TypeKey::is_last)
+                && let Some(version) = self.types.values().map(Subscription::accepted).min()
+            {
+                self.follower.has(version);
             }
             let outcome = tokio::select! {
                 request = self.requests.message() => match request {
@@ -246,7 +267,7 @@ impl Client {
         let nonce = (self.nonce + 1).to_string();
         for (key, subscription) in &mut self.types {
             let type_url = key.url();
-            match subscription.advance(&snapshot.view(&self.node, type_url), &nonce) {
+            match subscription.advance(&snapshot.view(&self.node, type_url), snapshot.version, &nonce) {
                 Next::Idle => {}
                 Next::Blocked => return None,
                 Next::Send { upserts, removed, whole } => {

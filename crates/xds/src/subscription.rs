@@ -30,11 +30,15 @@ pub(crate) struct Subscription {
     asked: BTreeSet<String>,
     /// The client has nothing yet and waits to hear that it is in sync, if only by an empty response.
     must_answer: bool,
+    /// The newest snapshot of which the client has all it asked for.
+    accepted: u64,
 }
 
 #[derive(Debug)]
 struct InFlight {
     nonce: String,
+    /// The snapshot that the response was made from.
+    snapshot: u64,
     /// What the client has once it accepts.
     after: Resources,
 }
@@ -90,6 +94,7 @@ impl Subscription {
             (None, _) => Answer::None,
             (Some(flight), None) => {
                 self.held = flight.after;
+                self.accepted = flight.snapshot;
                 Answer::Ack
             }
             (Some(flight), Some(why)) => {
@@ -101,14 +106,19 @@ impl Subscription {
         answer
     }
 
+    /// The newest snapshot of which the client has accepted all it asked for; 0 for none.
+    pub(crate) fn accepted(&self) -> u64 {
+        self.accepted
+    }
+
     /// Number of resources asked for by name.
     pub(crate) fn names(&self) -> usize {
         self.names.len()
     }
 
-    /// Decides what the client is to be sent now that `view` is what it should see. A response to be sent counts as in
-    /// flight under `nonce` from here on.
-    pub(crate) fn advance(&mut self, view: &Resources, nonce: &str) -> Next {
+    /// Decides what the client is to be sent now that `view`, of that snapshot, is what it should see. A response to be sent
+    /// counts as in flight under `nonce` from here on.
+    pub(crate) fn advance(&mut self, view: &Resources, snapshot: u64, nonce: &str) -> Next {
         let target = self.target(view);
         if let Some(flight) = &self.in_flight {
             let news = !self.asked.is_empty() || differ(&flight.after, &target);
@@ -149,11 +159,12 @@ impl Subscription {
         if upserts.is_empty() && removed.is_empty() && !self.must_answer {
             // Same versions, but shared with the snapshots to come, so that the next comparison is short.
             self.held = target;
+            self.accepted = snapshot;
             return Next::Idle;
         }
         self.must_answer = false;
         let whole = self.held.is_empty().then(|| target.clone());
-        self.in_flight = Some(InFlight { nonce: nonce.to_owned(), after: target });
+        self.in_flight = Some(InFlight { nonce: nonce.to_owned(), snapshot, after: target });
         Next::Send { upserts, removed, whole }
     }
 

@@ -133,6 +133,11 @@ impl Progress {
         Progress { known, wanted }
     }
 
+    /// What the server knows by now: raised when the snapshot that is served holds as much.
+    pub fn known(&self) -> watch::Receiver<VersionVector> {
+        self.known.clone()
+    }
+
     /// Returns when the server has seen at least as much as the caller with this metadata. An error if that takes too
     /// long: the caller should ask another server, and go on with what it knows until then.
     pub async fn reach(&self, metadata: &MetadataMap) -> Result<(), Status> {

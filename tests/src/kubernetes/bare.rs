@@ -204,6 +204,18 @@ impl ApiCluster {
         Ok(())
     }
 
+    /// Holds what the agent of `node` and the controllers send each other, until [`ApiCluster::release`].
+    pub fn hold(&self, node: &str) -> Result<()> {
+        self.agent(node)?.relay.hold();
+        Ok(())
+    }
+
+    /// Lets everything flow that was held.
+    pub fn release(&self, node: &str) -> Result<()> {
+        self.agent(node)?.relay.release();
+        Ok(())
+    }
+
     /// From now on every agent connects to the first controller as long as that answers.
     pub fn prefer_first_controller(&self) {
         self.agents.values().for_each(|agent| agent.relay.prefer_first());

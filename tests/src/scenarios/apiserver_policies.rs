@@ -1,17 +1,22 @@
 //! Policies as they are in life: objects of a real API server, which refuses what could not be understood, and says of
 //! each what the controller makes of it.
 
+use std::time::Duration;
+
 use anyhow::{Context as _, Result, ensure};
 use serde_json::{Value, json};
 use weft_testbed::cluster::Builder;
 use weft_testbed::kubernetes::ApiCluster;
-use weft_testbed::poll::until;
+use weft_testbed::poll::{pause, until};
 use weft_testbed::traffic::call;
 use weft_testbed::{Server, servers};
 
 use crate::apiserver::{NEWS, NODES, Shop};
 use crate::runner::Scenario;
 use crate::shop::{ECHO, still_alive};
+
+/// A controller that takes a node's word too early would have by then.
+const STEADY: Duration = Duration::from_secs(4);
 
 pub const SCENARIOS: &[Scenario] = &[Scenario::new(
     "kubernetes_api_policies",
@@ -40,16 +45,13 @@ fn policies(cluster: Builder) -> Result<()> {
         until(NEWS, &format!("the status of {name} is {expected}"), || {
             let path = format!("/apis/policy.weft.dev/v1alpha1/namespaces/shop/authorizationpolicies/{name}");
             let object = api.get(&path)?;
-            let condition = &object["status"]["conditions"][0];
-            ensure!(condition["observedGeneration"] == object["metadata"]["generation"], "{object}");
-            let message = condition["message"].as_str().unwrap_or_default();
-            ensure!(condition["reason"] == expected && message.contains(words), "{object}");
+            ensure!(says(&object, "Accepted", expected, words), "{object}");
             Ok(true)
         })
     };
     let web = json!({"matchLabels": {"app": "web"}});
     let nobody = policy("nobody", json!({"action": "Allow", "selector": web}));
-    api.apply(&nobody)?;
+    programmed(&shop, &nobody)?;
     accepted("nobody", "Accepted", "")?;
     until(NEWS, "nobody is let in", || Ok(call(&shop.client, to, "may I").is_err()))?;
     ensure!(still_alive(&mut open, "after").is_err(), "an open connection outlived an Allow of nobody");
@@ -90,6 +92,39 @@ fn policies(cluster: Builder) -> Result<()> {
     call(&shop.client, other.at(ECHO), "a pod without policies")?;
     ensure!(call(&other, late.at(ECHO), "denied").is_err(), "a caller of another namespace is let in");
     Ok(())
+}
+
+/// A policy is said to be in force when every node has it, and not while one of them cannot have heard of it.
+fn programmed(shop: &Shop, policy: &Value) -> Result<()> {
+    let (cluster, api) = (&shop.cluster, shop.cluster.api());
+    let name = policy["metadata"]["name"].as_str().context("a name")?;
+    let path = format!("/apis/policy.weft.dev/v1alpha1/namespaces/shop/authorizationpolicies/{name}");
+    let said = |reason: &str, words: &str| {
+        until(NEWS, &format!("it is said: {reason}, {words}"), || {
+            let object = api.get(&path)?;
+            ensure!(says(&object, "Programmed", reason, words), "{object}");
+            Ok(true)
+        })
+    };
+    cluster.hold("west")?;
+    api.apply(policy)?;
+    said("Pending", "1 of 2 nodes with pods in the mesh enforce it; waiting for west")?;
+    call(&shop.client, shop.web.at(ECHO), "it is not enforced there")?;
+    pause(STEADY);
+    said("Pending", "waiting for west")?;
+    cluster.release("west")?;
+    said("Programmed", "2 of 2 nodes that had pods in the mesh then enforce it")
+}
+
+/// Whether a condition says that of the generation that is there.
+fn says(object: &Value, kind: &str, reason: &str, words: &str) -> bool {
+    let conditions = object["status"]["conditions"].as_array();
+    let condition = conditions.and_then(|all| all.iter().find(|condition| condition["type"] == kind));
+    condition.is_some_and(|condition| {
+        condition["observedGeneration"] == object["metadata"]["generation"]
+            && condition["reason"] == reason
+            && condition["message"].as_str().unwrap_or_default().contains(words)
+    })
 }
 
 /// What nobody could understand does not get in, and what is understood does.

@@ -171,7 +171,9 @@ fn only_the_kubelet(kube: &KubeCluster, pods: &[&str], page: &str) -> Result<()>
          metadata: {name: clients, namespace: shop}\n\
          spec: {selector: {matchLabels: {app: web}}, rules: [{from: [{serviceAccounts: [default]}]}]}",
     )?;
-    until(POD_READY, "an Allow lets the client in", || fetch(kube, &url, page).map(|()| true))
+    let policy = "authorizationpolicies.policy.weft.dev/clients";
+    kube.kubectl(["wait", "-n", "shop", policy, "--for=condition=Programmed", "--timeout=30s"])?;
+    fetch(kube, &url, page).context("an Allow is said to be in force, and the client is not let in")
 }
 
 fn operations(cluster: Builder) -> Result<()> {

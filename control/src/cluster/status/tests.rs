@@ -10,6 +10,10 @@ const UID: &str = "Kubernetes//Pod/shop/web";
 const OLD: &str = "2001-01-01T00:00:00Z";
 const RUNNING: &str = "spec: {nodeName: n1}\nstatus: {podIP: 10.1.0.2}";
 
+fn objects(delta: Delta) -> Input {
+    Input::Objects { delta, policies_read: None }
+}
+
 fn name() -> Name {
     ("shop".to_owned(), "web".to_owned())
 }
@@ -30,7 +34,7 @@ fn known(label: &str, pod: &str, carried: Option<(&str, &str)>) -> Known {
     let (namespaces, pods, records) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
     let mut known = Known { settings: settings(), namespaces, pods, records };
     let upserts = parse(&text, Format::Yaml).unwrap().objects;
-    assert_eq!(known.apply(Input::Objects(Delta { upserts, deletes: Vec::new() })), [name()].into());
+    assert_eq!(known.apply(objects(Delta { upserts, deletes: Vec::new() })), [name()].into());
     known
 }
 
@@ -129,7 +133,7 @@ fn changes_concern_the_pods_they_are_about() {
         namespace: namespace.to_owned(),
         name: name.to_owned(),
     };
-    let gone = |key| Input::Objects(Delta { upserts: Vec::new(), deletes: vec![key] });
+    let gone = |key| objects(Delta { upserts: Vec::new(), deletes: vec![key] });
     assert_eq!(known.apply(gone(key(Kind::Namespace, "", "shop"))), web);
     assert_eq!(known.apply(gone(key(Kind::Namespace, "", "shoppers"))), nobody);
     assert_eq!(known.apply(gone(key(Kind::Pod, "shop", "web"))), web);

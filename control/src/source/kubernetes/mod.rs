@@ -301,7 +301,10 @@ impl Source {
         newest: Option<(&'static str, u64)>,
     ) -> bool {
         let upserts = delta.upserts.iter().cloned().chain(echoes).collect();
-        let objects = status::Input::Objects(Delta { upserts, deletes: delta.deletes.clone() });
+        let objects = status::Input::Objects {
+            delta: Delta { upserts, deletes: delta.deletes.clone() },
+            policies_read: self.known.get(Kind::AuthorizationPolicy.plural()),
+        };
         for status in heard.iter().cloned().map(status::Input::Enrollment).chain([objects]) {
             // It may have ended before this source, in a shutdown.
             let _ = self.statuses.send(status).await;

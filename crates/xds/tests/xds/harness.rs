@@ -20,8 +20,8 @@ use weft_proto::discovery::aggregated_discovery_service_client::AggregatedDiscov
 use weft_proto::discovery::{DeltaDiscoveryRequest, DeltaDiscoveryResponse};
 use weft_proto::type_url::{ADDRESS, LOCAL_WORKLOAD, MESH_CONFIG};
 use weft_xds::{
-    Backoff, ClientConfig, ControlEndpoint, Progress, Resources, Server, Snapshot, Stats, TokenSource,
-    Update, VersionVector, channel, resource, run, with_keepalive,
+    Backoff, ClientConfig, ControlEndpoint, Followers, Progress, Resources, Server, Snapshot, Stats,
+    TokenSource, Update, VersionVector, channel, resource, run, with_keepalive,
 };
 
 /// Longest wait for what must happen.
@@ -67,6 +67,7 @@ pub fn snapshot(items: &[Item], own: &[(&str, &[Item])]) -> Snapshot {
 pub struct Controller {
     pub address: SocketAddr,
     pub stats: Arc<Stats>,
+    pub followers: Arc<Followers>,
     snapshots: watch::Sender<Option<Arc<Snapshot>>>,
     known: watch::Sender<VersionVector>,
     /// What clients had seen that it had not.
@@ -111,7 +112,7 @@ impl Controller {
                 Box::pin(std::future::ready(node))
             }),
         );
-        let stats = server.stats();
+        let (stats, followers) = (server.stats(), server.followers());
         let service = server.into_service();
         runtime.spawn(async move {
             let router = with_keepalive(tonic::transport::Server::builder())
@@ -120,7 +121,7 @@ impl Controller {
                 .add_service(service);
             router.serve_with_incoming(TcpListenerStream::new(listener)).await.unwrap();
         });
-        Controller { address, stats, snapshots, known, wanted, runtime: Some(runtime) }
+        Controller { address, stats, followers, snapshots, known, wanted, runtime: Some(runtime) }
     }
 
     pub fn publish(&self, snapshot: Snapshot) {

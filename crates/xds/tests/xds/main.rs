@@ -3,6 +3,7 @@
 
 mod access;
 mod behind;
+mod followers;
 mod harness;
 mod resume;
 mod sync;

@@ -21,7 +21,12 @@ pub fn rbac(cluster: Builder) -> Result<()> {
     let unheeded =
         api.apply(&policy("unheeded", json!({"action": "Deny", "rules": [{"to": [{"ports": [9]}]}]})))?;
     let path = "/apis/policy.weft.dev/v1alpha1/namespaces/shop/authorizationpolicies/unheeded";
-    until(NEWS, "a policy has its condition", || Ok(api.get(path)?["status"] != unheeded["status"]))?;
+    until(NEWS, "a policy has its conditions", || Ok(api.get(path)?["status"] != unheeded["status"]))?;
+    let reached = format!("/api/v1/namespaces/{SYSTEM}/configmaps/weft-policies");
+    until(NEWS, "it is written down how far nodes have followed", || {
+        let data = &api.get(&reached)?["data"];
+        Ok(NODES.iter().all(|node| data[node].is_string()))
+    })?;
 
     // What an agent does with its other token, the one for the API server, and the plugin with the token that it gets.
     let kubectl = |token: &str, args: &[&str]| -> Result<(bool, String)> {
@@ -92,6 +97,8 @@ const PERMISSIONS: &[Permission] = &[
     (CONTROL, "get", "secrets", SYSTEM, "weft-ca", true),
     (CONTROL, "watch", "pods", "", "", true),
     (CONTROL, "update", "configmaps", SYSTEM, "weft-root", true),
+    (CONTROL, "patch", "configmaps", SYSTEM, "weft-policies", true),
+    (CONTROL, "patch", "configmaps", SYSTEM, "another", false),
     (CONTROL, "create", "tokenreviews.authentication.k8s.io", "", "", true),
     (CONTROL, "get", "secrets", SYSTEM, "another", false),
     (CONTROL, "list", "secrets", SYSTEM, "", false),
