@@ -10,9 +10,6 @@ use super::{
 };
 use crate::cluster::Part;
 
-const ACCEPTED: &str = "Accepted";
-const PROGRAMMED: &str = "Programmed";
-
 pub fn checks(view: &View, installed: &Installed) -> Vec<Check> {
     let accepted = "every AuthorizationPolicy is accepted";
     let programmed = "every AuthorizationPolicy is in force on every node";
@@ -51,15 +48,11 @@ fn name(policy: &AuthorizationPolicy) -> String {
     format!("{}/{}", policy.metadata.namespace.as_deref().unwrap_or_default(), policy.metadata.name)
 }
 
-fn condition<'a>(policy: &'a AuthorizationPolicy, kind: &str) -> Option<&'a Condition> {
-    policy.status.conditions.iter().find(|condition| condition.kind == kind)
-}
-
 /// Why an accepted policy is not known to be in force everywhere.
 fn awaited(policy: &AuthorizationPolicy) -> Option<String> {
     let is_now = |condition: &&Condition| condition.observed_generation == policy.metadata.generation;
-    condition(policy, ACCEPTED).filter(|accepted| accepted.is_true())?;
-    let why = match condition(policy, PROGRAMMED).filter(is_now) {
+    policy.condition(AuthorizationPolicy::ACCEPTED).filter(|accepted| accepted.is_true())?;
+    let why = match policy.condition(AuthorizationPolicy::PROGRAMMED).filter(is_now) {
         Some(programmed) if programmed.is_true() => return None,
         Some(programmed) => &programmed.message,
         None => "the controller has not said where it is in force",
@@ -70,7 +63,7 @@ fn awaited(policy: &AuthorizationPolicy) -> Option<String> {
 /// What is wrong with a policy: as the controller says it, or as it can be read from the policy itself.
 fn refused(policy: &AuthorizationPolicy) -> Option<String> {
     let name = name(policy);
-    match (&policy.spec, condition(policy, ACCEPTED)) {
+    match (&policy.spec, policy.condition(AuthorizationPolicy::ACCEPTED)) {
         (_, Some(condition)) if !condition.is_true() => Some(format!("{name}: {}", condition.message)),
         (Err(unintelligible), None) => Some(format!("{name}: {}; it denies everything", unintelligible.why)),
         (_, None) => Some(format!("{name}: the controller has not said whether it accepts it")),

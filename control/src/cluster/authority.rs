@@ -8,14 +8,11 @@ use k8s_openapi::{
     ByteString,
     api::core::v1::{ConfigMap, Secret},
 };
-use kube::{
-    Api, Client,
-    api::{ObjectMeta, PostParams},
-};
+use kube::{Api, Client, api::PostParams};
 
 use weft_api::trust::{ROTATE_ROOT, TrustStatus};
 
-use super::{ClusterError, code};
+use super::{ClusterError, code, metadata};
 use crate::trust::Record;
 
 pub const SECRET: &str = "weft-ca";
@@ -144,9 +141,4 @@ fn secrets(client: &Client, namespace: &str) -> Api<Secret> {
 
 fn what(namespace: &str) -> String {
     format!("Secret {namespace}/{SECRET}")
-}
-
-fn metadata(name: &str) -> ObjectMeta {
-    let label = ("app.kubernetes.io/part-of".to_owned(), "weft".to_owned());
-    ObjectMeta { name: Some(name.to_owned()), labels: Some([label].into()), ..ObjectMeta::default() }
 }

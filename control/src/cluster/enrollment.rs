@@ -20,7 +20,7 @@ use weft_api::{
 
 use weft_xds::{NotAVector, VersionVector};
 
-use super::{ClusterError, bounded, code};
+use super::{ClusterError, bounded, code, metadata};
 use crate::enrollment::{Failures, Place, Places};
 
 /// Replicas that write at the same time refuse each other; each refusal means that the other got through.
@@ -263,8 +263,7 @@ fn object(
     let trust_serial = *trust;
     let status = NodeEnrollmentStatus { enrolled_pods, failed_pods, trust_serial, enrolled, failures };
     let mut object = DynamicObject::new(node, &resource()).data(json!({ "status": status }));
-    let label = ("app.kubernetes.io/part-of".to_owned(), "weft".to_owned());
-    object.metadata.labels = Some([label].into());
+    object.metadata = metadata(node);
     object.metadata.annotations = Some([(SEEN.to_owned(), seen.to_string())].into());
     object.metadata.resource_version = version;
     object

@@ -6,24 +6,21 @@
 //! others may start. Leading is no lock all the same: a process that stood still may write once more before it knows, so
 //! what a leader writes must be right to write twice.
 
-use std::{collections::BTreeMap, future::Future, time::Duration};
+use std::{future::Future, time::Duration};
 
 use k8s_openapi::{
     api::coordination::v1::{Lease, LeaseSpec},
     apimachinery::pkg::apis::meta::v1::MicroTime,
     jiff::Timestamp,
 };
-use kube::{
-    Api, Client,
-    api::{ObjectMeta, PostParams},
-};
+use kube::{Api, Client, api::PostParams};
 use tokio::{
     sync::{oneshot, watch},
     task::JoinHandle,
     time::{Instant, sleep_until, timeout},
 };
 
-use super::{REQUEST_TIMEOUT, code, words};
+use super::{REQUEST_TIMEOUT, code, metadata, words};
 use crate::metrics::Metrics;
 
 const NAME: &str = "weft-control";
@@ -270,10 +267,7 @@ impl<L: Leases> Election<L> {
             ..LeaseSpec::default()
         };
         let Some(Observed { lease, since }) = &self.observed else {
-            let labels = BTreeMap::from([("app.kubernetes.io/part-of".to_owned(), "weft".to_owned())]);
-            let metadata =
-                ObjectMeta { name: Some(NAME.to_owned()), labels: Some(labels), ..Default::default() };
-            return Some(Lease { metadata, spec: Some(ours) });
+            return Some(Lease { metadata: metadata(NAME), spec: Some(ours) });
         };
         let theirs = lease.spec.clone().unwrap_or_default();
         let transitions = theirs.lease_transitions.unwrap_or(0);

@@ -10,7 +10,7 @@ pub mod status;
 use std::{future::Future, time::Duration};
 
 use k8s_openapi::jiff::Timestamp;
-use kube::{Client, Config};
+use kube::{Client, Config, api::ObjectMeta};
 use tokio::time::{Instant, sleep, timeout};
 
 /// A request other than a watch that takes longer has failed.
@@ -91,6 +91,12 @@ pub fn code(error: &kube::Error) -> u16 {
 /// Whether the API server answered no more than "not now": it is starting or overloaded, and nobody has to mend anything.
 pub fn passes(code: u16) -> bool {
     code == 429 || code >= 500
+}
+
+/// Of an object that Weft makes.
+fn metadata(name: &str) -> ObjectMeta {
+    let label = ("app.kubernetes.io/part-of".to_owned(), "weft".to_owned());
+    ObjectMeta { name: Some(name.to_owned()), labels: Some([label].into()), ..ObjectMeta::default() }
 }
 
 /// As Kubernetes writes times: whole seconds.

@@ -374,6 +374,16 @@ fn says_something(rule: &Rule) -> Result<(), String> {
 }
 
 impl AuthorizationPolicy {
+    /// The condition that it is in force as it is written.
+    pub const ACCEPTED: &str = "Accepted";
+    /// The condition that every node with pods in the mesh enforces it.
+    pub const PROGRAMMED: &str = "Programmed";
+
+    /// What is written of it, of whatever generation.
+    pub fn condition(&self, kind: &str) -> Option<&Condition> {
+        self.status.conditions.iter().find(|condition| condition.kind == kind)
+    }
+
     /// Whether the mesh follows the same from both: what Weft itself writes there counts for nothing.
     pub fn is_same_to_mesh(&self, other: &Self) -> bool {
         (&self.metadata, &self.spec) == (&other.metadata, &other.spec)

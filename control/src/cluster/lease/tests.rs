@@ -134,7 +134,7 @@ fn held_by(holder: &str, renewed: &str) -> Lease {
         lease_transitions: Some(3),
         ..LeaseSpec::default()
     };
-    let metadata = ObjectMeta { resource_version: Some("7".to_owned()), ..ObjectMeta::default() };
+    let metadata = kube::api::ObjectMeta { resource_version: Some("7".to_owned()), ..metadata(NAME) };
     Lease { metadata, spec: Some(spec) }
 }
 

@@ -18,8 +18,8 @@ use crate::{
     translate::policies::{Reason, problem, targets},
 };
 
-const ACCEPTED: &str = "Accepted";
-const PROGRAMMED: &str = "Programmed";
+const ACCEPTED: &str = AuthorizationPolicy::ACCEPTED;
+const PROGRAMMED: &str = AuthorizationPolicy::PROGRAMMED;
 const PENDING: &str = "Pending";
 /// So many of the nodes that a policy waits for are named.
 const NAMED: usize = 5;
@@ -177,14 +177,14 @@ impl Known {
     /// Whether every node enforces this generation. Where it was so, it is: nodes that come later begin with it.
     fn programmed(&self, policy: &Policy, accepted: bool) -> Option<Said> {
         let since = policy.since?;
-        let carried = policy.carried(PROGRAMMED).filter(|_| policy.is_programmed());
+        let carried = policy.object.condition(PROGRAMMED).filter(|_| policy.is_programmed());
         let (holds, reason, message) = match carried {
             _ if !accepted => {
                 (false, "NotAccepted", "it is not in force as it is written: see Accepted".to_owned())
             }
             Some(carried) => (true, PROGRAMMED, carried.message.clone()),
             // What nodes have is what stood for it. That this has ended is told with what is written here.
-            None if policy.was_refused() => (false, PENDING, "nodes are being told".to_owned()),
+            None if was_refused(&policy.object) => (false, PENDING, "nodes are being told".to_owned()),
             None if since <= self.everywhere => (true, PROGRAMMED, self.enforced()),
             None => (false, PENDING, self.waiting(since)),
         };
@@ -213,36 +213,27 @@ impl Known {
 }
 
 impl Policy {
-    /// What is written of it, of whatever generation.
-    fn carried(&self, kind: &str) -> Option<&Condition> {
-        self.object.status.conditions.iter().find(|condition| condition.kind == kind)
-    }
-
     /// Whether `other` says the same, and nodes have the same of both.
     fn is_of_the_same(&self, other: &AuthorizationPolicy) -> bool {
         let (ours, theirs) = (&self.object.metadata, &other.metadata);
         (&ours.uid, ours.generation) == (&theirs.uid, theirs.generation)
-            && self.was_refused() == was_refused(other)
+            && was_refused(&self.object) == was_refused(other)
     }
 
     /// Whether somebody waits for every node to enforce it.
     fn is_pending(&self) -> bool {
-        self.since.is_some() && !self.was_refused() && !self.is_programmed()
-    }
-
-    fn was_refused(&self) -> bool {
-        was_refused(&self.object)
+        self.since.is_some() && !was_refused(&self.object) && !self.is_programmed()
     }
 
     /// Whether it is written that every node enforces this generation.
     fn is_programmed(&self) -> bool {
         let generation = self.object.metadata.generation;
-        self.carried(PROGRAMMED).is_some_and(|c| c.is_true() && c.observed_generation == generation)
+        self.object.condition(PROGRAMMED).is_some_and(|c| c.is_true() && c.observed_generation == generation)
     }
 
     /// Its time is when its status last changed, not its words.
     fn condition(&self, Said { kind, holds, reason, message }: Said, now: Timestamp) -> Condition {
-        let unchanged = self.carried(kind).filter(|carried| carried.is_true() == holds);
+        let unchanged = self.object.condition(kind).filter(|carried| carried.is_true() == holds);
         let since = unchanged.and_then(|carried| carried.last_transition_time.clone());
         Condition {
             kind: kind.to_owned(),
@@ -257,14 +248,13 @@ impl Policy {
 
 /// Whether it is written that something else is in force in its place.
 fn was_refused(policy: &AuthorizationPolicy) -> bool {
-    let accepted = policy.status.conditions.iter().find(|condition| condition.kind == ACCEPTED);
-    accepted.is_some_and(|accepted| !accepted.is_true())
+    policy.condition(ACCEPTED).is_some_and(|accepted| !accepted.is_true())
 }
 
 impl Said {
     fn is_said_by(&self, policy: &Policy) -> bool {
         let generation = policy.object.metadata.generation;
-        policy.carried(self.kind).is_some_and(|carried| {
+        policy.object.condition(self.kind).is_some_and(|carried| {
             (
                 carried.is_true(),
                 carried.reason.as_str(),

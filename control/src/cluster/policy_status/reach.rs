@@ -14,7 +14,7 @@ use std::{
 use k8s_openapi::api::core::v1::ConfigMap;
 use kube::{
     Api, Client,
-    api::{ObjectMeta, Patch, PatchParams, PostParams},
+    api::{Patch, PatchParams, PostParams},
 };
 use serde_json::json;
 use tokio::{
@@ -25,7 +25,7 @@ use weft_api::Kind;
 use weft_proto::type_url;
 use weft_xds::{Followers, Snapshot, VersionVector};
 
-use crate::cluster::{ClusterError, bounded, code};
+use crate::cluster::{ClusterError, bounded, code, metadata};
 
 const CONFIG_MAP: &str = "weft-policies";
 /// How often own agents are looked at, which costs a number of each.
@@ -147,11 +147,9 @@ impl Reporter {
             let params = PatchParams::default();
             match self.maps.patch(CONFIG_MAP, &params, &Patch::Merge(&patch)).await {
                 Err(error) if code(&error) == 404 => {
-                    let label = ("app.kubernetes.io/part-of".to_owned(), "weft".to_owned());
-                    let name = Some(CONFIG_MAP.to_owned());
-                    let metadata = ObjectMeta { name, labels: Some([label].into()), ..ObjectMeta::default() };
                     let data = news.into_iter().filter_map(|(node, reached)| Some((node, reached?)));
-                    let map = ConfigMap { metadata, data: Some(data.collect()), ..ConfigMap::default() };
+                    let data = Some(data.collect());
+                    let map = ConfigMap { metadata: metadata(CONFIG_MAP), data, ..ConfigMap::default() };
                     self.maps.create(&PostParams::default(), &map).await
                 }
                 outcome => outcome,
